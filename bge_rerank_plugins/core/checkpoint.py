@@ -1,0 +1,247 @@
+"""A checkpoint's files: its config, its tokenizer exactly as published, its weights with none missing, its LoRA adapter.
+
+Safetensors only, and never any code from the checkpoint. Knows nothing of packs, prompts or scores.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+from tokenizers import Tokenizer
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers.utils import logging
+from transformers.utils.hub import cached_file
+
+from .attention import ATTENTION
+
+if TYPE_CHECKING:
+    from ..settings import RerankSettings
+
+PUBLISHED_LENGTH = 1024
+
+# Without one of these, transformers makes up an empty tokenizer in silence.
+_VOCABULARIES = ("sentencepiece.bpe.model", "tokenizer.model", "spiece.model", "vocab.txt", "vocab.json")
+
+_ADAPTER_PREFIX = "base_model.model."
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Where a checkpoint's files are, and how to reach them.
+
+    Attributes:
+        model: Hub id or local directory.
+        peft_path: Hub id or local directory of a LoRA adapter, or None.
+        revision, cache_dir, local_files_only, token, show_progress: As in `RerankSettings`.
+    """
+
+    model: str
+    peft_path: str | None = None
+    revision: str | None = None
+    cache_dir: str | None = None
+    local_files_only: bool = False
+    token: str | None = None
+    show_progress: bool = False
+
+    @classmethod
+    def from_settings(cls, settings: RerankSettings) -> Checkpoint:
+        """The checkpoint that the settings name; "embedded" is the demo model."""
+        model, peft_path = settings.model, settings.peft_path
+        if model == "embedded":
+            from ..models import embedded_adapter, embedded_base
+
+            if peft_path is not None:
+                raise ValueError(
+                    f"peft_path={peft_path!r}: the model 'embedded' is itself an adapter on its base model"
+                )
+            model, peft_path = str(embedded_base(settings.cache_dir)), str(embedded_adapter())
+        return cls(
+            model=model,
+            peft_path=peft_path,
+            revision=settings.revision,
+            cache_dir=settings.cache_dir,
+            local_files_only=settings.local_files_only,
+            token=settings.token,
+            show_progress=settings.show_progress,
+        )
+
+    def _hub(self, *, revision: bool = True) -> dict[str, Any]:
+        options: dict[str, Any] = {
+            "cache_dir": self.cache_dir,
+            "local_files_only": self.local_files_only,
+            "token": self.token,
+        }
+        return options | ({"revision": self.revision} if revision and self.revision else {})
+
+    def file(self, name: str) -> Path | None:
+        """Local path of one file of the checkpoint, downloaded if need be; None if the checkpoint has no such file."""
+        found = cached_file(
+            self.model,
+            name,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+            **self._hub(),
+        )
+        return None if found is None else Path(found)
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """config.json as it stands.
+
+        Raises:
+            ValueError: There is no such checkpoint, or its config.json cannot be read.
+        """
+        local = Path(self.model)
+        if not local.exists() and (local.is_absolute() or self.model.startswith((".", "~"))):
+            raise ValueError(f"model={self.model!r}: no such directory")
+        if local.exists() and not (local / "config.json").is_file():
+            raise ValueError(f"model={self.model!r}: not a checkpoint directory, it has no config.json")
+        try:
+            config: dict[str, Any]
+            config, _ = PreTrainedConfig.get_config_dict(self.model, **self._hub())
+        except (OSError, ValueError) as error:
+            raise ValueError(f"model={self.model!r}: its config.json cannot be read: {error}") from error
+        return config
+
+    @cached_property
+    def adapter_config(self) -> dict[str, Any] | None:
+        """adapter_config.json of the LoRA adapter, or None without one.
+
+        Raises:
+            ValueError: There is no such adapter.
+            ImportError: peft is not installed.
+        """
+        if self.peft_path is None:
+            return None
+        try:
+            from peft import PeftConfig
+        except ImportError as error:
+            raise ImportError('peft_path needs peft: pip install "bge-rerank-plugins[peft]"') from error
+        try:
+            return dict(PeftConfig.from_pretrained(self.peft_path, **self._hub(revision=False)).to_dict())
+        except (OSError, ValueError) as error:
+            raise ValueError(f"peft_path={self.peft_path!r}: no LoRA adapter can be read there: {error}") from error
+
+    def max_length(self, asked: int | None, positions: int) -> int:
+        """Longest pair in tokens.
+
+        Args:
+            asked: The user's `max_length`, or None for the default: 1024, the length of the published evaluation.
+            positions: Number of positions that the checkpoint leaves for a pair.
+
+        Raises:
+            ValueError: More is asked for than there is.
+        """
+        if asked is None:
+            return min(PUBLISHED_LENGTH, positions)
+        if asked > positions:
+            raise ValueError(f"max_length={asked}: the positions of {self.model!r} allow at most {positions}")
+        return asked
+
+    def tokenizer(self) -> PreTrainedTokenizerFast:
+        """The tokenizer as published, with its truncation and padding switched off once, before anyone shares it.
+
+        tokenizer.json is taken as it stands: the classes that transformers 5 picks by model type rebuild parts of the
+        pipeline themselves, and the model cards' scores were made with the file's.
+        """
+        published = self.file("tokenizer.json") is not None
+        if not published and not any(self.file(name) for name in _VOCABULARIES):
+            raise ValueError(f"model={self.model!r}: it has no tokenizer.json, nor any of {', '.join(_VOCABULARIES)}")
+        try:
+            if published:
+                tokenizer = PreTrainedTokenizerFast.from_pretrained(self.model, **self._hub())
+            else:
+                tokenizer = AutoTokenizer.from_pretrained(self.model, trust_remote_code=False, **self._hub())
+        except Exception as error:  # what the Rust tokenizer raises has no type of its own
+            raise ValueError(f"model={self.model!r}: its tokenizer cannot be loaded: {error}") from error
+        if not isinstance(tokenizer, PreTrainedTokenizerFast):
+            raise ValueError(f"model={self.model!r}: its tokenizer is no fast tokenizer; add a tokenizer.json")
+        backend: Tokenizer = tokenizer.backend_tokenizer
+        backend.no_truncation()
+        backend.no_padding()
+        return tokenizer
+
+    def load(
+        self, auto_class: Any, config: PreTrainedConfig, dtype: torch.dtype, device: torch.device
+    ) -> PreTrainedModel:
+        """The model with every weight from the files, its adapter merged, in evaluation mode.
+
+        Args:
+            auto_class: The transformers class whose `from_pretrained` loads it.
+            config: What to build.
+            dtype: Precision of the weights.
+            device: Where they go.
+
+        Raises:
+            ValueError: No safetensors, or weights that neither the checkpoint nor its adapter holds.
+        """
+        try:
+            with _quiet(self.show_progress):
+                model, report = auto_class.from_pretrained(
+                    self.model,
+                    config=config,
+                    dtype=dtype,
+                    attn_implementation=ATTENTION,
+                    use_safetensors=True,
+                    output_loading_info=True,
+                    **self._hub(),
+                )
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+            raise ValueError(f"model={self.model!r}: its weights cannot be loaded: {error}") from error
+        missing = set(report["missing_keys"]) - self._adapter_keys()
+        if missing:
+            raise ValueError(
+                f"model={self.model!r}: the checkpoint lacks {', '.join(sorted(missing))}; "
+                "scores from newly initialised weights would be random"
+            )
+        if self.peft_path is not None:
+            model = self._merge_adapter(model, self.peft_path)
+        return model.eval().requires_grad_(False).to(device)  # type: ignore[no-any-return]
+
+    def _merge_adapter(self, model: PreTrainedModel, peft_path: str) -> Any:
+        from peft import PeftModel
+
+        try:
+            with _quiet(self.show_progress):
+                adapted = PeftModel.from_pretrained(model, peft_path, **self._hub(revision=False))
+                return adapted.merge_and_unload()
+        except (OSError, ValueError, RuntimeError) as error:
+            raise ValueError(f"peft_path={peft_path!r}: does not fit model={self.model!r}: {error}") from error
+
+    def _adapter_keys(self) -> set[str]:
+        """Names of the model's weights that the adapter brings whole, such as a newly trained classifier."""
+        if self.peft_path is None:
+            return set()
+        from peft.utils import load_peft_weights
+
+        names = load_peft_weights(self.peft_path, device="cpu", **self._hub(revision=False))
+        return {name.removeprefix(_ADAPTER_PREFIX) for name in names}
+
+
+@contextmanager
+def _quiet(show_progress: bool) -> Iterator[None]:
+    """Keeps transformers, the hub and peft from writing to standard error meanwhile; for the whole process, they know no less.
+
+    What transformers would report, weights that are missing, is an error here.
+    """
+    bars = logging.is_progress_bar_enabled() and not show_progress
+    verbosity = logging.get_verbosity()
+    if bars:
+        logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    logging.set_verbosity_error()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()  # type: ignore[no-untyped-call]

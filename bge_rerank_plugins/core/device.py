@@ -1,0 +1,71 @@
+"""Which device and which precision, and why. Knows the machine; knows nothing of checkpoints beyond their family's name."""
+
+from typing import NamedTuple
+
+import torch
+
+
+class Precision(NamedTuple):
+    """A precision and the reason for it, in words for `bge-rerank info`."""
+
+    dtype: torch.dtype
+    reason: str
+
+
+def choose_device(name: str | None) -> torch.device:
+    """The device asked for, or by default the one best device of the machine.
+
+    Raises:
+        ValueError: The device is not there; the message lists those that are.
+    """
+    available = available_devices()
+    if name is None:
+        return torch.device(available[0])
+    device = torch.device(name)
+    if str(device) not in available and device.type not in available:
+        raise ValueError(f"device={name!r}: not on this machine, which has {', '.join(available)}")
+    if device.index is None and device.type != "cpu":
+        return torch.device(device.type, 0)
+    return device
+
+
+def available_devices() -> list[str]:
+    """Devices of this machine, best first; the CPU is always there."""
+    found = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if accelerator is not None and accelerator.type != "cuda":
+        found += [f"{accelerator.type}:{index}" for index in range(torch.accelerator.device_count())]
+    return [*found, "cpu"]
+
+
+def choose_precision(dtype: str, device: torch.device, *, float16_is_safe: bool) -> Precision:
+    """Precision for `dtype` on `device`.
+
+    Args:
+        dtype: "auto", "fast" or the name of a precision.
+        device: Where the model will run.
+        float16_is_safe: Whether the family's hidden states stay inside float16 (65504); Gemma's do not.
+    """
+    if dtype not in ("auto", "fast"):
+        return Precision(getattr(torch, dtype), "asked for")
+    if device.type == "cuda":
+        if torch.cuda.get_device_capability(device) >= (8, 0):
+            return Precision(torch.bfloat16, "this GPU computes in bfloat16")
+        if float16_is_safe:
+            return Precision(torch.float16, "this GPU has no bfloat16")
+        return Precision(torch.float32, "this GPU has no bfloat16, and this family overflows in float16")
+    if dtype == "auto":
+        return Precision(torch.float32, f"the exact choice on {device.type}")
+    if device.type == "cpu":
+        if cpu_has_bfloat16():
+            return Precision(torch.bfloat16, "this processor multiplies bfloat16 (AVX512-BF16 or AMX)")
+        return Precision(torch.float32, "this processor has no bfloat16 arithmetic")
+    if float16_is_safe:
+        return Precision(torch.float16, f"float16 is the fast one on {device.type}")
+    return Precision(torch.float32, "this family overflows in float16")
+
+
+def cpu_has_bfloat16() -> bool:
+    """Whether this processor multiplies bfloat16 in hardware; elsewhere it is emulated and slower than float32."""
+    capabilities = torch.cpu.get_capabilities()
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))

@@ -1,0 +1,243 @@
+"""Family 1: cross-encoders, sequence classifiers with one label (bge-reranker-base, -large, -v2-m3 and their kind).
+
+The pair goes through the tokenizer's own template; the score is the single logit of the classification head at the first
+token. Differences between architectures are a row each in `ARCHITECTURES`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel
+
+from .packing import Pack, TokenSequence
+
+if TYPE_CHECKING:
+    from ..settings import RerankSettings
+    from .checkpoint import Checkpoint
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What is particular to one architecture.
+
+    Attributes:
+        first_position: Position id of a sequence's first token.
+        skips_padding: Whether a padding token that stands in the text (as "<pad>") does not count as a position.
+        token_types: Whether the model tells query from passage by segment.
+        head: Model to a function from the first tokens' hidden states, shape (sequences, 1, hidden), to logits.
+        head_modules: Names of the modules in that function.
+    """
+
+    first_position: Callable[[PreTrainedConfig], int]
+    skips_padding: bool
+    token_types: bool
+    head: Callable[[Any], Callable[[Tensor], Tensor]]
+    head_modules: tuple[str, ...]
+
+
+def _after_padding_index(config: PreTrainedConfig) -> int:
+    """RoBERTa counts positions from the one after its padding index; from zero they are silently wrong."""
+    return int(config.pad_token_id) + 1
+
+
+_ROBERTA = Architecture(_after_padding_index, True, False, lambda model: model.classifier, ("classifier",))
+_BERT = Architecture(
+    lambda config: 0,
+    False,
+    True,
+    lambda model: lambda rows: model.classifier(model.bert.pooler(rows)),
+    ("classifier", "bert.pooler"),
+)
+
+ARCHITECTURES = {
+    "XLMRobertaForSequenceClassification": _ROBERTA,
+    "RobertaForSequenceClassification": _ROBERTA,
+    "BertForSequenceClassification": _BERT,
+}
+
+
+@dataclass(frozen=True)
+class PairTemplate:
+    """Special tokens around a query and a passage, and the segments, as the tokenizer's own template has them."""
+
+    before: tuple[int, ...]
+    between: tuple[int, ...]
+    after: tuple[int, ...]
+    type_ids: tuple[int, int, int, int, int]
+
+    @classmethod
+    def of(cls, tokenizer: Tokenizer) -> PairTemplate:
+        """Read off the tokenizer's post-processor, by sending one pair through it."""
+        query, passage = (tokenizer.encode(text, add_special_tokens=False) for text in ("a", "b"))
+        pair = tokenizer.encode("a", "b")
+        sides = pair.sequence_ids  # 0: query, 1: passage, None: special token
+        q, p = sides.index(0), sides.index(1)
+        q_end, p_end = q + len(query.ids), p + len(passage.ids)
+        if not q < q_end <= p < p_end or pair.ids[q:q_end] != query.ids or pair.ids[p:p_end] != passage.ids:
+            raise ValueError("the tokenizer's template does not put the query before the passage, whole")
+        types = pair.type_ids
+
+        def type_of(start: int, stop: int) -> int:
+            return types[start] if start < stop else 0
+
+        return cls(
+            before=tuple(pair.ids[:q]),
+            between=tuple(pair.ids[q_end:p]),
+            after=tuple(pair.ids[p_end:]),
+            type_ids=(type_of(0, q), types[q], type_of(q_end, p), types[p], type_of(p_end, len(types))),
+        )
+
+    def __len__(self) -> int:
+        """Number of special tokens."""
+        return len(self.before) + len(self.between) + len(self.after)
+
+    def join(self, query: list[int], passage: list[int]) -> list[int]:
+        """Token ids of the pair."""
+        return [*self.before, *query, *self.between, *passage, *self.after]
+
+    def join_types(self, query: list[int], passage: list[int]) -> list[int]:
+        """Segment ids of the pair."""
+        lengths = (len(self.before), len(query), len(self.between), len(passage), len(self.after))
+        return [kind for kind, length in zip(self.type_ids, lengths, strict=True) for _ in range(length)]
+
+
+class Encoder:
+    """A cross-encoder. See `families.Family` for what its methods mean."""
+
+    name: ClassVar[str] = "encoder"
+    architectures: ClassVar[tuple[str, ...]] = tuple(ARCHITECTURES)
+    float16_is_safe: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: Tokenizer,
+        settings: RerankSettings,
+        max_length: int,
+        architecture: Architecture,
+    ) -> None:
+        self.max_length = max_length
+        self.num_layers = int(model.config.num_hidden_layers)
+        self._backbone: nn.Module = model.base_model
+        self._head = architecture.head(model)
+        for name in architecture.head_modules:  # scores are float32 from the head on
+            model.get_submodule(name).float()
+        self._first_position = architecture.first_position(model.config)
+        self._skipped = model.config.pad_token_id if architecture.skips_padding else None
+        self._token_types = architecture.token_types
+        self._tokenizer = tokenizer
+        self._template = PairTemplate.of(tokenizer)
+        self._query_instruction = settings.query_instruction
+        self._passage_instruction = settings.passage_instruction
+        self._room = max_length - len(self._template)
+        if self._room < 1:
+            raise ValueError(
+                f"max_length={max_length}: no room for text beside the {len(self._template)} special tokens of a pair"
+            )
+        self._query_room = min(settings.query_max_length or max_length * 3 // 4, self._room)
+
+    @classmethod
+    def load(
+        cls, checkpoint: Checkpoint, settings: RerankSettings, device: torch.device, dtype: torch.dtype
+    ) -> Encoder:
+        """The cross-encoder with its weights on `device`.
+
+        Raises:
+            ValueError: An option that cross-encoders do not have, a `max_length` beyond the positions, more than one label,
+                a head that is not in the files.
+        """
+        config, architecture, max_length = _checked(checkpoint, settings)
+        tokenizer = checkpoint.tokenizer().backend_tokenizer
+        model = checkpoint.load(AutoModelForSequenceClassification, config, dtype, device)
+        return cls(model, tokenizer, settings, max_length, architecture)
+
+    @classmethod
+    def describe(cls, checkpoint: Checkpoint, settings: RerankSettings) -> dict[str, str]:
+        """Facts from the config, by name, without loading any weights.
+
+        Raises:
+            ValueError: As `load`, but for what only the weights can tell.
+        """
+        config, _, max_length = _checked(checkpoint, settings)
+        return {
+            "layers": str(config.num_hidden_layers),
+            "hidden size": str(config.hidden_size),
+            "vocabulary": f"{config.vocab_size} tokens",
+            "max_length": f"{max_length} tokens a pair",
+        }
+
+    def encode(self, query: str, passages: Sequence[str]) -> list[TokenSequence]:
+        """The query cut to `query_max_length` and the template's special tokens, then the passage cut to what is left."""
+        query_ids = self._ids([self._query_instruction + query])[0][: self._query_room]
+        room = self._room - len(query_ids)
+        cut = [ids[:room] for ids in self._ids([self._passage_instruction + passage for passage in passages])]
+        return [self._sequence(query_ids, passage_ids) for passage_ids in cut]
+
+    def _sequence(self, query_ids: list[int], passage_ids: list[int]) -> TokenSequence:
+        input_ids = self._template.join(query_ids, passage_ids)
+        return TokenSequence(
+            input_ids=input_ids,
+            token_type_ids=self._template.join_types(query_ids, passage_ids) if self._token_types else None,
+            position_ids=_positions_without(self._skipped, input_ids) if self._skipped in input_ids else None,
+        )
+
+    def _ids(self, texts: list[str]) -> list[list[int]]:
+        return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def forward(self, pack: Pack) -> Tensor:
+        """Logits of the pack's sequences. Shape (sequences,), float32."""
+        types = torch.zeros_like(pack.input_ids) if pack.token_type_ids is None else pack.token_type_ids
+        hidden: Tensor = self._backbone(
+            input_ids=pack.input_ids[None],
+            position_ids=pack.position_ids[None] + self._first_position,
+            token_type_ids=types[None],
+            pack=pack,
+        ).last_hidden_state
+        rows = hidden[0, pack.first_rows, None].float()
+        return self._head(rows).view(-1)
+
+
+def _checked(checkpoint: Checkpoint, settings: RerankSettings) -> tuple[PreTrainedConfig, Architecture, int]:
+    """The config, its row of `ARCHITECTURES` and the longest pair, of a checkpoint that these settings fit."""
+    for option in ("prompt", "cutoff_layer"):
+        if getattr(settings, option) is not None:
+            raise ValueError(
+                f"{option}={getattr(settings, option)!r}: {checkpoint.model!r} is a cross-encoder, which has none"
+            )
+    config = AutoConfig.for_model(**checkpoint.config)
+    if checkpoint.adapter_config is not None and "id2label" not in checkpoint.config:
+        config.num_labels = 1  # a head that comes with the adapter; a bare encoder's config has no say in it
+    if config.num_labels != 1:
+        raise ValueError(
+            f"model={checkpoint.model!r}: it classifies into {config.num_labels} labels, a reranker has one"
+        )
+    kind = getattr(config, "position_embedding_type", "absolute")
+    if kind != "absolute":
+        raise ValueError(
+            f"model={checkpoint.model!r}: position_embedding_type={kind!r} is not supported, only 'absolute'"
+        )
+    architecture = _architecture_of(config, checkpoint)
+    first_position = architecture.first_position(config)
+    max_length = checkpoint.max_length(settings.max_length, config.max_position_embeddings - first_position)
+    return config, architecture, max_length
+
+
+def _architecture_of(config: PreTrainedConfig, checkpoint: Checkpoint) -> Architecture:
+    classes: Any = AutoModelForSequenceClassification._model_mapping
+    model_class: str = classes[type(config)].__name__
+    if model_class not in ARCHITECTURES:
+        raise ValueError(f"model={checkpoint.model!r}: {model_class} is not supported, only {', '.join(ARCHITECTURES)}")
+    return ARCHITECTURES[model_class]
+
+
+def _positions_without(skipped: int | None, input_ids: list[int]) -> list[int]:
+    """Zero-based positions where `skipped` ids do not count and stand themselves one before the first."""
+    counted = accumulate(token != skipped for token in input_ids)
+    return [-1 if token == skipped else count - 1 for token, count in zip(input_ids, counted, strict=True)]

@@ -1,0 +1,327 @@
+"""The engine: one worker thread per device owns the model; requests become packs, packs become scores, scores resolve futures.
+
+Callers tokenise in their own threads and submit token ids; the worker takes what waits (see `schedule` for how it chooses,
+and why a long job does not starve a short one), scores it and goes on. It never waits for company: an idle engine starts at
+once. Batch sizes, devices, precision and memory are decided here and nowhere else. Knows nothing of text formats, frameworks
+or kinds of reranker.
+
+Faults stay where they belong. Out of memory halves the budget of that device and tries the pack again; a pair that does not
+fit alone fails its own request. Any other exception fails the requests in that pack, with the cause chained, and the engine
+goes on. If the worker itself dies, everyone who waits is told at once.
+"""
+
+from __future__ import annotations
+
+import atexit
+import math
+import os
+import threading
+import weakref
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TYPE_CHECKING
+
+import torch
+
+from .checkpoint import Checkpoint
+from .device import Precision, choose_device, choose_precision
+from .families import Family, family_of
+from .packing import TokenSequence, pack_sequences
+from .schedule import Pair, Request, Schedule
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from ..settings import RerankSettings
+
+DEFAULT_BUDGET = {"cpu": 2048, "cuda": 16384}
+OTHER_BUDGET = 8192
+STOP_TIMEOUT = 30.0
+"""Seconds that `close` waits for the pack that a worker is at."""
+
+PACKS_BEFORE_GROWTH = 32
+"""Packs that must fit after one did not, before the budget grows by an eighth."""
+
+# What distinguishes one loaded model from another. The rest is applied to scores afterwards.
+_NOT_LOADED = {"normalize", "show_progress"}
+
+
+FORKED = (
+    "this process was forked after a model was loaded, and a forked copy of torch's threads cannot compute: "
+    "start the child with the 'spawn' method, or load the model in the children only"
+)
+
+
+class EngineClosedError(RuntimeError):
+    """The engine was closed while, or before, it was asked for scores."""
+
+
+class Engine:
+    """A loaded model, on one device or several, and the queue before it.
+
+    Attributes:
+        loaded: Resolves to the family of the first device when all devices have loaded; its `encode` is safe to share.
+    """
+
+    def __init__(self, settings: RerankSettings) -> None:
+        names = settings.device if isinstance(settings.device, list) else [settings.device]
+        self._settings = settings
+        self._changed = threading.Condition()
+        self._schedule = Schedule()
+        self._closed = False
+        self._exiting = False
+        self._failure: BaseException | None = None
+        self._pid = os.getpid()
+        self.loaded: Future[Family] = Future()
+        self._families: list[Family | None] = [None] * len(names)
+        self._tokenizer_thread = ThreadPoolExecutor(1, thread_name_prefix="bge-rerank-tokenizer")
+        self._workers = [
+            threading.Thread(target=self._work, args=(index, name), name=f"bge-rerank-{name or 'device'}", daemon=True)
+            for index, name in enumerate(names)
+        ]
+        for worker in self._workers:
+            worker.start()
+
+    @property
+    def usable(self) -> bool:
+        """Whether this engine still takes requests, or can say better than a new one why it does not."""
+        return not self._closed and self._failure is None
+
+    @property
+    def tokenizer_thread(self) -> ThreadPoolExecutor:
+        """A thread that tokenises for callers who must not block."""
+        return self._tokenizer_thread
+
+    def submit(self, sequences: Sequence[TokenSequence]) -> Future[list[float]]:
+        """Queues pairs. The future resolves to their raw scores, in order; cancelling it drops those not yet scored.
+
+        Raises:
+            EngineClosedError: The engine was closed.
+            RuntimeError: The worker died, or this process was forked off the one that loaded the model.
+        """
+        request = Request(sequences)
+        if not sequences:
+            request.future.set_result([])
+            return request.future
+        with self._changed:
+            if not self._exiting:  # while the interpreter exits, only daemon threads ask, and wait in silence
+                self._raise_if_unusable()
+            self._schedule.add(request)
+            self._changed.notify_all()
+        return request.future
+
+    def close(self, *, wait: bool = True) -> None:
+        """Stops the workers after the packs they are at, fails what still waits, frees the devices' memory."""
+        with self._changed:
+            self._closed = True
+            waiting = self._schedule.drain()
+            self._changed.notify_all()
+        for request in waiting:
+            _fail(request, EngineClosedError("the scorer was closed before this request was scored"))
+        self._tokenizer_thread.shutdown(wait=False, cancel_futures=True)
+        for worker in self._workers:
+            if wait and worker is not threading.current_thread():
+                worker.join(timeout=STOP_TIMEOUT)
+
+    def close_at_exit(self) -> None:
+        """Stops the workers and tells nobody: whoever still waits is a daemon thread, which ends with the interpreter."""
+        with self._changed:
+            self._exiting = True
+            self._schedule.drain()
+        self.close()
+
+    def _raise_if_unusable(self) -> None:
+        if self._pid != os.getpid():
+            raise RuntimeError(FORKED)
+        if self._failure is not None:
+            raise RuntimeError(f"the scoring thread has died: {self._failure!r}") from self._failure
+        if self._closed:
+            raise EngineClosedError("the scorer is closed")
+
+    def _work(self, index: int, device_name: str | None) -> None:
+        """Life of a worker thread: load, then score packs until closed."""
+        try:
+            worker = _Worker(self._settings, device_name)
+            self._report_loaded(index, worker.family)
+            while pairs := self._next_pack(worker):
+                self._score(worker, pairs)
+        except BaseException as error:  # whatever it is, nobody may wait for a thread that is gone
+            self._die(error)
+        finally:
+            self._forget(index)
+
+    def _report_loaded(self, index: int, family: Family) -> None:
+        with self._changed:
+            self._families[index] = family
+            first = self._families[0]
+            if first is not None and all(self._families) and not self.loaded.done():
+                self.loaded.set_result(first)
+
+    def _forget(self, index: int) -> None:
+        """Drops the references to a worker's model, so that its memory is free."""
+        with self._changed:
+            self._families[index] = None
+            if self.loaded.done() and self.loaded.exception() is None:
+                self.loaded = Future()
+                self.loaded.set_exception(EngineClosedError("the scorer is closed"))
+        torch.cuda.empty_cache()  # does nothing where CUDA is not in use
+
+    def _next_pack(self, worker: _Worker) -> list[Pair]:
+        """Waits for work. Empty when the engine is closed."""
+        with self._changed:
+            while not self._schedule and not self._closed and self._failure is None:
+                self._changed.wait()
+            return [] if self._closed or self._failure is not None else self._schedule.take(worker.budget)
+
+    def _score(self, worker: _Worker, pairs: list[Pair]) -> None:
+        try:
+            scores = worker.score([pair.sequence for pair in pairs])
+        except torch.OutOfMemoryError as error:
+            if len(pairs) > 1:
+                worker.shrink(sum(len(pair.sequence) for pair in pairs))
+                with self._changed:
+                    self._schedule.put_back(pairs)
+            else:
+                _fail(pairs[0].request, _explained(error, pairs[0], worker))
+            return
+        except BaseException as error:
+            for request in {pair.request.arrival: pair.request for pair in pairs}.values():
+                failure = RuntimeError(f"scoring failed: {error}")
+                failure.__cause__ = error
+                _fail(request, failure)
+            if not isinstance(error, Exception):
+                raise  # the thread is meant to end
+            return
+        with self._changed:
+            for pair, score in zip(pairs, scores, strict=True):
+                _record(pair, score, worker)
+
+    def _die(self, error: BaseException) -> None:
+        with self._changed:
+            self._failure = error
+            waiting = self._schedule.drain()
+            if not self.loaded.done():
+                self.loaded.set_exception(error)
+            self._changed.notify_all()
+        for request in waiting:
+            failure = RuntimeError(f"the scoring thread has died: {error!r}")
+            failure.__cause__ = error
+            _fail(request, failure)
+
+
+class _Worker:
+    """What one worker thread owns: a device, a family loaded on it, a token budget."""
+
+    def __init__(self, settings: RerankSettings, device_name: str | None) -> None:
+        self.device = choose_device(device_name)
+        checkpoint = Checkpoint.from_settings(settings)
+        kind = family_of(checkpoint)
+        self.precision: Precision = choose_precision(settings.dtype, self.device, float16_is_safe=kind.float16_is_safe)
+        self.family = kind.load(checkpoint, settings, self.device, self.precision.dtype)
+        self.budget = settings.max_batch_tokens or DEFAULT_BUDGET.get(self.device.type, OTHER_BUDGET)
+        self._full_budget = self.budget
+        self._fitted = 0
+
+    def score(self, sequences: Sequence[TokenSequence]) -> list[float]:
+        """Raw scores of one pack."""
+        with torch.inference_mode():
+            scores: list[float] = self.family.forward(pack_sequences(sequences, self.device)).tolist()
+        self._fitted += 1
+        if self.budget < self._full_budget and self._fitted % PACKS_BEFORE_GROWTH == 0:
+            self.budget = min(self._full_budget, self.budget + max(1, self.budget // 8))
+        return scores
+
+    def shrink(self, tokens: int) -> None:
+        """Halves the budget after a pack of `tokens` did not fit."""
+        self.budget = max(1, min(self.budget, tokens) // 2)
+        self._fitted = 0
+        torch.cuda.empty_cache()
+
+
+def _record(pair: Pair, score: float, worker: _Worker) -> None:
+    request = pair.request
+    if request.finished:
+        return
+    if not math.isfinite(score):
+        name = str(worker.precision.dtype).removeprefix("torch.")
+        better = "'bfloat16' or 'float32'" if name == "float16" else "'float32'"
+        cure = "its weights or its input overflow" if name == "float32" else f"use dtype={better}"
+        _fail(request, ValueError(f"the model's score of pair {pair.index} is {score} in {name}: {cure}"))
+        return
+    request.scores[pair.index] = score
+    request.unscored -= 1
+    if request.unscored == 0 and request.future.set_running_or_notify_cancel():
+        request.future.set_result([s for s in request.scores if s is not None])
+
+
+def _fail(request: Request, error: BaseException) -> None:
+    if not request.finished and request.future.set_running_or_notify_cancel():
+        request.future.set_exception(error)
+
+
+def _explained(error: torch.OutOfMemoryError, pair: Pair, worker: _Worker) -> Exception:
+    explained = RuntimeError(
+        f"out of memory on {worker.device}: one pair of {len(pair.sequence)} tokens does not fit; lower max_length"
+    )
+    explained.__cause__ = error
+    return explained
+
+
+# Equal settings share one engine in a process. The last one to release it closes it.
+
+_lock = threading.RLock()  # re-entrant: a garbage collection may release an engine while this thread holds it
+_engines: dict[str, tuple[Engine, int]] = {}
+_forked_after_load = False
+
+
+def acquire(settings: RerankSettings) -> Engine:
+    """The engine for these settings, started if there is none. To be given back with `release`."""
+    if _forked_after_load and torch.get_num_threads() > 1:  # torch's threads would wait for each other for ever
+        raise RuntimeError(FORKED)
+    key = _key(settings)
+    with _lock:
+        engine, holders = _engines.get(key, (None, 0))
+        if engine is None or not engine.usable:
+            engine, holders = Engine(settings), 0
+        _engines[key] = (engine, holders + 1)
+        return engine
+
+
+def release(engine: Engine, *, wait: bool = True) -> None:
+    """Gives an engine back; the last one to do so closes it, and waits until it has stopped unless told not to."""
+    with _lock:
+        for key, (known, holders) in list(_engines.items()):
+            if known is engine:
+                if holders > 1:
+                    _engines[key] = (engine, holders - 1)
+                    return
+                del _engines[key]
+    engine.close(wait=wait)
+
+
+def release_when_collected(owner: object, engine: Engine) -> Callable[[], object]:
+    """Releases the engine when `owner` is garbage-collected, or when what is returned is called, once."""
+    return weakref.finalize(owner, release, engine, wait=False)
+
+
+def _key(settings: RerankSettings) -> str:
+    return settings.model_dump_json(exclude=_NOT_LOADED) + repr(settings.token)
+
+
+@atexit.register
+def _close_all() -> None:
+    with _lock:
+        engines = [engine for engine, _ in _engines.values()]
+        _engines.clear()
+    for engine in engines:
+        engine.close_at_exit()
+
+
+def _after_fork() -> None:
+    global _lock, _forked_after_load
+    _lock = threading.RLock()
+    _forked_after_load = _forked_after_load or bool(_engines)
+    _engines.clear()
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=_after_fork)

@@ -1,0 +1,81 @@
+"""config.json -> family, from a table. The family is never guessed from a name or a path."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from .checkpoint import Checkpoint
+from .encoder import Encoder
+from .packing import Pack, TokenSequence
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from ..settings import RerankSettings
+
+
+class Family(Protocol):
+    """One of the kinds of reranker: how text becomes token ids, and how packs of them become scores.
+
+    `encode` may be called from many threads at once; `forward` only by the one thread that owns the model.
+    """
+
+    name: ClassVar[str]
+    architectures: ClassVar[tuple[str, ...]]
+    float16_is_safe: ClassVar[bool]
+
+    @property
+    def max_length(self) -> int:
+        """Longest pair in tokens."""
+        ...
+
+    @property
+    def num_layers(self) -> int:
+        """Number of transformer layers that are computed."""
+        ...
+
+    def encode(self, query: str, passages: Sequence[str]) -> list[TokenSequence]:
+        """Token ids of the query with each of the passages, cut to `max_length`."""
+        ...
+
+    def forward(self, pack: Pack) -> Tensor:
+        """Raw scores of the pack's sequences. Shape (sequences,), float32."""
+        ...
+
+    @classmethod
+    def load(cls, checkpoint: Checkpoint, settings: RerankSettings, device: torch.device, dtype: torch.dtype) -> Family:
+        """The family with its weights on `device`."""
+        ...
+
+    @classmethod
+    def describe(cls, checkpoint: Checkpoint, settings: RerankSettings) -> dict[str, str]:
+        """Facts for `bge-rerank info`, by name, without loading any weights; fails where `load` would, as far as can be told."""
+        ...
+
+
+FAMILIES: tuple[type[Family], ...] = (Encoder,)
+
+
+def family_of(checkpoint: Checkpoint) -> type[Family]:
+    """The family of a checkpoint, from its config's `architectures`.
+
+    A LoRA adapter that was trained for sequence classification makes an encoder of a checkpoint without a head.
+
+    Raises:
+        ValueError: Not a reranker that is supported; the message lists those that are.
+    """
+    architectures: list[str] = list(checkpoint.config.get("architectures") or [])
+    if (checkpoint.adapter_config or {}).get("task_type") == "SEQ_CLS":
+        architectures = [re.sub("Model$", "ForSequenceClassification", name) for name in architectures]
+    for family in FAMILIES:
+        if any(name in family.architectures for name in architectures):
+            return family
+    supported = "; ".join(f"{family.name}: {', '.join(family.architectures)}" for family in FAMILIES)
+    raise ValueError(
+        f"model={checkpoint.model!r}: its config.json names the architecture "
+        f"{', '.join(architectures) or 'of nothing'}, which is not supported ({supported})"
+    )

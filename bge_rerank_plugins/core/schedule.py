@@ -1,0 +1,148 @@
+"""Which waiting pairs go into the next pack. Knows nothing of models, threads or devices.
+
+Every pack is filled from all waiting requests. An eighth of it is kept for the request that has waited longest, so that a
+long job always moves; the rest goes to the requests with the fewest tokens left, so that a short one is not held up by a
+long one. A request of n packs that arrives during a long job therefore waits for the pack that is running, and then takes
+8/7 of n packs at most while it is the shortest: at most three packs' time more than alone, for any n up to 14.
+"""
+
+import itertools
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from .packing import TokenSequence
+
+OLDEST_SHARE = 1 / 8
+
+_arrivals = itertools.count()
+
+
+@dataclass(eq=False)
+class Request:
+    """Pairs that were submitted together, and their scores as they come.
+
+    Attributes:
+        sequences: The pairs' token ids.
+        future: Resolves to the scores, in the order of `sequences`.
+        scores: Scores so far; None where a pair is not scored yet.
+        taken: How many pairs have been handed out.
+        unscored: How many scores are still missing.
+        tokens_left: Tokens of the pairs that have not been handed out.
+        arrival: Position in the order of arrival.
+    """
+
+    sequences: Sequence[TokenSequence]
+    future: "Future[list[float]]" = field(default_factory=Future)
+    scores: list[float | None] = field(init=False)
+    taken: int = field(default=0, init=False)
+    unscored: int = field(init=False)
+    tokens_left: int = field(init=False)
+    arrival: int = field(default_factory=lambda: next(_arrivals), init=False)
+
+    def __post_init__(self) -> None:
+        self.scores = [None] * len(self.sequences)
+        self.unscored = len(self.sequences)
+        self.tokens_left = sum(map(len, self.sequences))
+
+    @property
+    def finished(self) -> bool:
+        """Whether nobody waits for this request any more: it has its scores, failed or was cancelled."""
+        return self.future.done()
+
+
+class Pair(NamedTuple):
+    """One pair of a request."""
+
+    request: Request
+    index: int  # type: ignore[assignment]  # hides tuple.index
+
+    @property
+    def sequence(self) -> TokenSequence:
+        """The pair's token ids."""
+        return self.request.sequences[self.index]
+
+
+class Schedule:
+    """The waiting requests. Not thread-safe: its owner holds a lock."""
+
+    def __init__(self) -> None:
+        self._waiting: list[Request] = []  # in the order of arrival
+        self._returned: list[Pair] = []
+
+    def add(self, request: Request) -> None:
+        """Queues a request."""
+        self._waiting.append(request)
+
+    def put_back(self, pairs: Sequence[Pair]) -> None:
+        """Queues pairs that were taken but could not be scored; they go first."""
+        self._returned = [*pairs, *self._returned]
+
+    def __bool__(self) -> bool:
+        self._forget_finished()
+        return bool(self._waiting or self._returned)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that wait."""
+        return sum(r.tokens_left for r in self._waiting) + sum(len(pair.sequence) for pair in self._returned)
+
+    def take(self, budget: int) -> list[Pair]:
+        """The pairs of the next pack: at most `budget` tokens, but never less than one pair if any waits."""
+        self._forget_finished()
+        pack = _Filling(budget)
+        while self._returned and pack.add(self._returned[0]):
+            self._returned.pop(0)
+        if not self._returned and self._waiting:
+            self._fill(pack, self._waiting[0], int(budget * OLDEST_SHARE))
+            for request in sorted(self._waiting, key=lambda r: (r.tokens_left, r.arrival)):
+                self._fill(pack, request, budget)
+                if pack.full:
+                    break
+        self._waiting = [request for request in self._waiting if request.tokens_left]
+        return pack.pairs
+
+    def drain(self) -> list[Request]:
+        """Empties the queue; the requests that were in it."""
+        requests = {pair.request.arrival: pair.request for pair in self._returned}
+        requests.update((request.arrival, request) for request in self._waiting)
+        self._waiting, self._returned = [], []
+        return list(requests.values())
+
+    @staticmethod
+    def _fill(pack: "_Filling", request: Request, limit: int) -> None:
+        while request.taken < len(request.sequences) and (pack.tokens < limit or not pack.pairs):
+            pair = Pair(request, request.taken)
+            if not pack.add(pair):
+                return
+            request.taken += 1
+            request.tokens_left -= len(pair.sequence)
+
+    def _forget_finished(self) -> None:
+        self._waiting = [request for request in self._waiting if not request.finished]
+        self._returned = [pair for pair in self._returned if not pair.request.finished]
+
+
+class _Filling:
+    """A pack in the making: pairs, and the tokens that they will take with every shared prefix counted once."""
+
+    def __init__(self, budget: int) -> None:
+        self.budget = budget
+        self.pairs: list[Pair] = []
+        self.tokens = 0
+        self.full = False
+        self._groups: set[int] = set()
+
+    def add(self, pair: Pair) -> bool:
+        sequence = pair.sequence
+        shared = sequence.prefix if sequence.prefix and sequence.group in self._groups else 0
+        cost = len(sequence) - shared
+        if self.pairs and self.tokens + cost > self.budget:
+            self.full = True
+            return False
+        self.pairs.append(pair)
+        self.tokens += cost
+        if sequence.prefix:
+            self._groups.add(sequence.group)
+        return True

@@ -1,0 +1,106 @@
+"""Every user-facing option of a reranker, defined and documented once.
+
+`Scorer` takes these as keyword arguments, both adapters inherit them as fields, and the command line makes its flags from them.
+Knows nothing of torch, of frameworks or of model files: what can be checked without them is checked here, the rest at load.
+"""
+
+import re
+from typing import Literal, TypeAlias
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from typing_extensions import Self
+
+Dtype: TypeAlias = Literal["auto", "fast", "float32", "bfloat16", "float16"]
+
+DEVICE_KINDS = ("cpu", "cuda", "mps", "xpu", "npu", "hpu")
+
+
+class RerankSettings(BaseModel):
+    """The options of a reranker.
+
+    Raises:
+        pydantic.ValidationError: A `ValueError` that names the option, the value and what is allowed.
+    """
+
+    model_config = ConfigDict(extra="forbid", validate_assignment=True, protected_namespaces=())
+
+    model: str = Field(
+        description="Hub id, such as BAAI/bge-reranker-v2-m3, or local directory of the checkpoint; "
+        "'embedded' is the small demo model of the extra 'demo'.",
+        min_length=1,
+    )
+    device: str | list[str] | None = Field(
+        default=None,
+        description="Where to run: 'cpu', 'cuda', 'cuda:1', 'mps', ..., or a list for one replica on each. "
+        "By default the one best device of the machine.",
+    )
+    dtype: Dtype = Field(
+        default="auto",
+        description="Precision of the weights. 'auto': float32 on a CPU, bfloat16 on a GPU that has it. "
+        "'fast': the fastest one that keeps the ranking.",
+    )
+    max_length: int | None = Field(
+        default=None,
+        ge=1,
+        description="Longest query-passage pair in tokens; passages are cut to fit. "
+        "By default 1024, or what the checkpoint's positions allow if that is less.",
+    )
+    query_max_length: int | None = Field(
+        default=None,
+        ge=1,
+        description="Longest query in tokens; longer ones are cut. By default 3/4 of max_length.",
+    )
+    prompt: str | None = Field(
+        default=None,
+        description="Question that the LLM rerankers answer with 'Yes'; by default the model card's. "
+        "Cross-encoders have none.",
+    )
+    cutoff_layer: int | None = Field(
+        default=None,
+        ge=1,
+        description="Layer whose score is returned, layerwise checkpoints only; by default the last.",
+    )
+    query_instruction: str = Field(default="", description="Text put before every query.")
+    passage_instruction: str = Field(default="", description="Text put before every passage.")
+    normalize: bool = Field(
+        default=False, description="Map scores into 0..1 with the sigmoid function; by default they are raw logits."
+    )
+    max_batch_tokens: int | None = Field(
+        default=None,
+        ge=1,
+        description="Most tokens that are computed at once; less needs less memory. By default chosen for the device.",
+    )
+    peft_path: str | None = Field(
+        default=None, description="LoRA adapter (hub id or local directory), merged into the model when it is loaded."
+    )
+    revision: str | None = Field(default=None, description="Branch, tag or commit of the model on the hub.")
+    cache_dir: str | None = Field(default=None, description="Directory of the hub's download cache.")
+    local_files_only: bool = Field(default=False, description="Never download; use only files that are already here.")
+    token: str | None = Field(
+        default=None, repr=False, exclude=True, description="Access token for the hub; never printed, never serialised."
+    )
+    show_progress: bool = Field(default=False, description="Show a progress bar on standard error while scoring.")
+
+    @field_validator("device")
+    @classmethod
+    def _device_is_known(cls, device: str | list[str] | None) -> str | list[str] | None:
+        if isinstance(device, list) and not device:
+            raise ValueError("device=[]: name at least one device, or None for the best one")
+        for name in [device] if isinstance(device, str) else device or []:
+            if not re.fullmatch(rf"({'|'.join(DEVICE_KINDS)})(:\d+)?", name):
+                raise ValueError(
+                    f"device={name!r}: not one of {', '.join(DEVICE_KINDS)}, with or without an index (cuda:1)"
+                )
+        return device
+
+    @model_validator(mode="after")
+    def _query_fits_in_pair(self) -> Self:
+        if (
+            self.max_length is not None
+            and self.query_max_length is not None
+            and self.query_max_length > self.max_length
+        ):
+            raise ValueError(
+                f"query_max_length={self.query_max_length}: longer than the whole pair, max_length={self.max_length}"
+            )
+        return self

@@ -1,0 +1,88 @@
+"""Shared fixtures: the oracle's checkpoints, and tiny checkpoints of real architectures made on the spot."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # tiny products on shared cores: spinning threads cost seconds
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+from transformers import PreTrainedTokenizerFast
+
+settings.register_profile(
+    "ci", deadline=None, max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+settings.load_profile("ci")
+
+DATA = Path(__file__).parent / "data"
+ORACLE: dict[str, Any] = json.loads((DATA / "oracle.json").read_text(encoding="utf-8"))
+
+
+def oracle_cases(family: str) -> list[Any]:
+    """Cases of a family as pytest parameters, named by max_length."""
+    return [
+        pytest.param(case, id=f"{family}-{case['max_length']}") for case in ORACLE["cases"] if case["family"] == family
+    ]
+
+
+@pytest.fixture(scope="session")
+def oracle_pairs() -> list[tuple[str, str]]:
+    return [(query, passage) for query, passage in ORACLE["pairs"]]
+
+
+@pytest.fixture(scope="session")
+def encoder_dir() -> str:
+    return str(DATA / "encoder")
+
+
+@pytest.fixture(scope="session")
+def classifier_dirs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """A tiny checkpoint with wide weights for every architecture of the encoder family, each with a fitting tokenizer."""
+    from transformers import (
+        BertConfig,
+        BertForSequenceClassification,
+        RobertaConfig,
+        RobertaForSequenceClassification,
+        XLMRobertaConfig,
+        XLMRobertaForSequenceClassification,
+    )
+
+    shape = {
+        "vocab_size": 1500,
+        "hidden_size": 32,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "intermediate_size": 64,
+        "num_labels": 1,
+        "initializer_range": 0.5,
+    }
+    roberta = {"max_position_embeddings": 130, "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2}
+    models = {
+        "xlm-roberta": (XLMRobertaForSequenceClassification, XLMRobertaConfig(**shape, **roberta, type_vocab_size=1)),
+        "roberta": (RobertaForSequenceClassification, RobertaConfig(**shape, **roberta, type_vocab_size=1)),
+        "bert": (BertForSequenceClassification, BertConfig(**shape, max_position_embeddings=128, type_vocab_size=2)),
+    }
+    directories = {}
+    for seed, (name, (model_class, config)) in enumerate(models.items()):
+        torch.manual_seed(seed)
+        directory = tmp_path_factory.mktemp(name)
+        model_class(config).save_pretrained(directory)
+        _tokenizer(with_segments=name == "bert").save_pretrained(directory)
+        directories[name] = str(directory)
+    return directories
+
+
+def _tokenizer(*, with_segments: bool) -> PreTrainedTokenizerFast:
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(DATA / "encoder")
+    if with_segments:
+        from tokenizers.processors import TemplateProcessing
+
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+            single="<s> $A </s>", pair="<s> $A </s> $B:1 </s>:1", special_tokens=[("<s>", 0), ("</s>", 2)]
+        )
+    return tokenizer

@@ -1,0 +1,193 @@
+"""The implementations of attention over packs are one function. The CUDA kernel is checked where there is a CUDA device;
+its arguments, everywhere, against a plain implementation of the kernel's contract."""
+
+import sys
+import types
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from bge_rerank_plugins.core import attention
+from bge_rerank_plugins.core.packing import Pack, TokenSequence, pack_sequences
+
+SHARED = pack_sequences(
+    [
+        TokenSequence(list(range(9)), prefix=4, group=1),
+        TokenSequence(list(range(6)), prefix=4, group=1),
+        TokenSequence(list(range(5))),
+        TokenSequence(list(range(12)), prefix=3, group=2),
+        TokenSequence(list(range(4)), prefix=3, group=2),
+    ]
+)
+UNSHARED = pack_sequences([TokenSequence(list(range(n))) for n in (5, 1, 17, 8)])
+CASES = [
+    pytest.param(UNSHARED, False, None, None, id="encoder"),
+    pytest.param(UNSHARED, True, None, None, id="causal"),
+    pytest.param(SHARED, True, None, None, id="shared-prefix"),
+    pytest.param(SHARED, True, 3, None, id="sliding-window"),
+    pytest.param(UNSHARED, False, 3, None, id="two-sided-window"),
+    pytest.param(SHARED, True, None, 2.0, id="softcap"),
+]
+
+
+def states(pack: Pack, dtype: torch.dtype = torch.float32, heads: int = 4, kv_heads: int = 2) -> tuple[Tensor, ...]:
+    generator = torch.Generator().manual_seed(0)
+    return tuple(torch.randn(len(pack), n, 8, generator=generator).to(dtype) for n in (heads, kv_heads, kv_heads))
+
+
+def plain(
+    query: Tensor, key: Tensor, value: Tensor, pack: Pack, causal: bool, window: int | None, softcap: float | None
+) -> Tensor:
+    """Attention row by row and head by head, in float64, from its definition."""
+    query, key, value = query.double(), key.double(), value.double()
+    output = torch.zeros_like(query)
+    per_key_head = query.shape[1] // key.shape[1]
+    for start, stop, prefix_start, prefix_stop in pack.segments:
+        rows = [*range(prefix_start, prefix_stop), *range(start, stop)]
+        for row in range(start, stop):
+            place = len(rows) - (stop - row)
+            for head in range(query.shape[1]):
+                logits = key[rows, head // per_key_head] @ query[row, head] * 8**-0.5
+                if softcap is not None:
+                    logits = softcap * torch.tanh(logits / softcap)
+                distance = place - torch.arange(len(rows))
+                if causal:
+                    logits[distance < 0] = -torch.inf
+                if window is not None:
+                    logits[distance.abs() >= window] = -torch.inf
+                output[row, head] = torch.softmax(logits, 0) @ value[rows, head // per_key_head]
+    return output
+
+
+@pytest.mark.parametrize("name", ["_attend_segments", "_attend_padded"])
+@pytest.mark.parametrize(("pack", "causal", "window", "softcap"), CASES)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 4e-2)])
+def test_every_implementation_is_plain_attention(
+    name: str,
+    pack: Pack,
+    causal: bool,
+    window: int | None,
+    softcap: float | None,
+    dtype: torch.dtype,
+    tolerance: float,
+) -> None:
+    query, key, value = states(pack, dtype)
+    got = getattr(attention, name)(query, key, value, pack, 8**-0.5, causal, window, softcap)
+    want = plain(query, key, value, pack, causal, window, softcap)
+    assert got.dtype == dtype
+    torch.testing.assert_close(got.double(), want, atol=tolerance, rtol=tolerance)
+
+
+def varlen_by_contract(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seq_q: Tensor,
+    cu_seq_k: Tensor,
+    max_q: int,
+    max_k: int,
+    *,
+    scale: float,
+    window_size: tuple[int, int],
+    enable_gqa: bool,
+) -> Tensor:
+    """What `torch.nn.attention.varlen.varlen_attn` promises: a window of (left, right) keys around each query, the last
+    query aligned with the last key."""
+    assert max_q == cu_seq_q.diff().max()
+    assert max_k == cu_seq_k.diff().max()
+    assert enable_gqa or query.shape[1] == key.shape[1]
+    outputs = []
+    for i in range(len(cu_seq_q) - 1):
+        q, k, v = query[cu_seq_q[i] : cu_seq_q[i + 1]], *(x[cu_seq_k[i] : cu_seq_k[i + 1]] for x in (key, value))
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+        behind = torch.arange(len(k) - len(q), len(k))[:, None] - torch.arange(len(k))
+        left, right = window_size
+        seen = torch.ones_like(behind, dtype=torch.bool)
+        if left >= 0:
+            seen &= behind <= left
+        if right >= 0:
+            seen &= -behind <= right
+        logits = torch.einsum("qhd,khd->hqk", q, k) * scale
+        outputs.append(torch.einsum("hqk,khd->qhd", logits.masked_fill(~seen, -torch.inf).softmax(-1), v))
+    return torch.cat(outputs)
+
+
+@pytest.mark.parametrize(("pack", "causal", "window", "softcap"), CASES)
+def test_the_cuda_call_asks_the_kernel_for_plain_attention(
+    pack: Pack, causal: bool, window: int | None, softcap: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernel: Any = types.ModuleType("torch.nn.attention.varlen")
+    kernel.varlen_attn = varlen_by_contract
+    monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", kernel)
+    query, key, value = states(pack)
+    got = attention._attend_varlen(query, key, value, pack, 8**-0.5, causal, window, softcap)
+    torch.testing.assert_close(
+        got.double(), plain(query, key, value, pack, causal, window, softcap), atol=1e-5, rtol=1e-5
+    )
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="the kernel itself runs on CUDA only")
+@pytest.mark.parametrize(("pack", "causal", "window", "softcap"), CASES)
+def test_the_cuda_kernel_is_plain_attention(
+    pack: Pack, causal: bool, window: int | None, softcap: float | None
+) -> None:
+    query, key, value = states(pack, torch.bfloat16)
+    on_device = pack_to_cuda(pack)
+    got = attention._attend_varlen(query.cuda(), key.cuda(), value.cuda(), on_device, 8**-0.5, causal, window, softcap)
+    want = plain(query, key, value, pack, causal, window, softcap)
+    torch.testing.assert_close(got.cpu().double(), want, atol=4e-2, rtol=4e-2)
+
+
+def pack_to_cuda(pack: Pack) -> Pack:
+    moved = {
+        name: getattr(pack, name).cuda() if isinstance(getattr(pack, name), Tensor) else getattr(pack, name)
+        for name in pack.__slots__
+    }
+    return Pack(**moved)
+
+
+def test_the_kernel_accepts_the_arguments_that_the_cuda_call_gives() -> None:
+    """The contract above is ours; the installed torch must know the same argument names."""
+    import inspect
+
+    varlen = pytest.importorskip("torch.nn.attention.varlen")
+    known = set(inspect.signature(varlen.varlen_attn).parameters)
+    assert {"scale", "window_size", "enable_gqa"} <= known
+    positional = list(inspect.signature(varlen.varlen_attn).parameters)[:7]
+    assert positional == ["query", "key", "value", "cu_seq_q", "cu_seq_k", "max_q", "max_k"]
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "head_dim", "expected"),
+    [
+        ("cpu", torch.float32, 64, "_attend_segments"),
+        ("cpu", torch.bfloat16, 64, "_attend_segments"),
+        ("meta", torch.float32, 64, "_attend_padded"),
+    ],
+)
+def test_the_kind_of_device_chooses_the_implementation(
+    device: str, dtype: torch.dtype, head_dim: int, expected: str
+) -> None:
+    assert attention.attention_for(torch.device(device), dtype, head_dim).__name__ == expected
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "head_dim", "expected"),
+    [
+        ((9, 0), torch.bfloat16, 64, "_attend_varlen"),
+        ((9, 0), torch.float32, 64, "_attend_padded"),
+        ((9, 0), torch.bfloat16, 512, "_attend_padded"),
+        ((7, 5), torch.float16, 64, "_attend_padded"),
+    ],
+)
+def test_a_cuda_device_without_the_kernel_pads_inside_attention(
+    capability: tuple[int, int], dtype: torch.dtype, head_dim: int, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    attention.attention_for.cache_clear()
+    try:
+        assert attention.attention_for(torch.device("cuda:0"), dtype, head_dim).__name__ == expected
+    finally:
+        attention.attention_for.cache_clear()

@@ -1,0 +1,198 @@
+"""The engine under faults: a fault stays with the request it belongs to, and the next request succeeds."""
+
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from conftest import DATA
+from torch import Tensor
+
+from bge_rerank_plugins import Scorer
+from bge_rerank_plugins.core.device import available_devices, choose_device, choose_precision
+from bge_rerank_plugins.core.packing import Pack
+
+MODEL = str(DATA / "encoder")
+
+
+@pytest.fixture
+def scorer() -> Iterator[Scorer]:
+    with Scorer(MODEL, max_batch_tokens=256) as scorer:
+        scorer.warmup()
+        yield scorer
+
+
+def inject(scorer: Scorer, fault: Callable[[Pack, Callable[[Pack], Tensor]], Tensor]) -> None:
+    """Puts `fault` in the way of the loaded model's forward pass."""
+    family: Any = scorer._acquired().loaded.result()
+    forward = family.forward
+    family.forward = lambda pack: fault(pack, forward)
+
+
+def heal(scorer: Scorer) -> None:
+    del scorer._acquired().loaded.result().forward  # type: ignore[misc]
+
+
+def test_an_error_of_the_model_reaches_the_caller_with_its_cause(scorer: Scorer) -> None:
+    def broken(pack: Pack, forward: Callable[[Pack], Tensor]) -> Tensor:
+        raise KeyError("a bug in the model")
+
+    inject(scorer, broken)
+    with pytest.raises(RuntimeError, match="scoring failed: 'a bug in the model'") as caught:
+        scorer.score("a", ["b"])
+    assert isinstance(caught.value.__cause__, KeyError)
+    heal(scorer)
+    assert len(scorer.score("a", ["b"])) == 1
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_score_that_is_not_a_number_fails_its_own_request_and_names_the_cure(scorer: Scorer, value: float) -> None:
+    long = "panda " * 60
+
+    def poisoned(pack: Pack, forward: Callable[[Pack], Tensor]) -> Tensor:
+        scores = forward(pack)
+        scores[pack.last_rows - pack.first_rows > 60] = value
+        return scores
+
+    inject(scorer, poisoned)
+    results: dict[str, object] = {}
+
+    def ask(name: str, passages: list[str]) -> None:
+        try:
+            results[name] = scorer.score("a", passages)
+        except ValueError as error:
+            results[name] = str(error)
+
+    threads = [threading.Thread(target=ask, args=("poisoned", ["short", long])) for _ in range(1)]
+    threads += [threading.Thread(target=ask, args=(f"sound {i}", ["short"])) for i in range(5)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert f"score of pair 1 is {value}" in str(results.pop("poisoned"))
+    assert len(results) == 5
+    assert all(isinstance(scores, list) for scores in results.values())
+
+
+def test_float16_that_overflows_names_the_precision_to_use_instead() -> None:
+    with Scorer(MODEL, dtype="float16") as half:
+        half.warmup()
+        inject(half, lambda pack, forward: forward(pack) * torch.nan)
+        with pytest.raises(ValueError, match=r"in float16: use dtype='bfloat16' or 'float32'"):
+            half.score("a", ["b"])
+
+
+def test_out_of_memory_halves_the_pack_and_loses_nothing(scorer: Scorer) -> None:
+    passages = [f"panda number {i} in Sichuan" for i in range(40)]
+    expected = scorer.score("panda", passages)
+    sizes: list[int] = []
+
+    def small(pack: Pack, forward: Callable[[Pack], Tensor]) -> Tensor:
+        sizes.append(len(pack))
+        if len(pack) > 100:
+            raise torch.OutOfMemoryError("injected")
+        return forward(pack)
+
+    inject(scorer, small)
+    assert scorer.score("panda", passages) == pytest.approx(expected, abs=1e-5)
+    assert sum(size > 100 for size in sizes) <= 2  # remembered, not found out again with every pack
+    heal(scorer)
+    assert scorer.score("panda", passages) == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_pair_that_does_not_fit_alone_is_an_error_for_its_request_only(scorer: Scorer) -> None:
+    def tiny(pack: Pack, forward: Callable[[Pack], Tensor]) -> Tensor:
+        if len(pack) > 100:
+            raise torch.OutOfMemoryError("injected")
+        return forward(pack)
+
+    inject(scorer, tiny)
+    with pytest.raises(RuntimeError, match=r"out of memory on cpu: one pair of .* lower max_length") as caught:
+        scorer.score("panda", ["panda " * 200])
+    assert isinstance(caught.value.__cause__, torch.OutOfMemoryError)
+    assert len(scorer.score("panda", ["bear"])) == 1
+
+
+def test_a_worker_that_dies_fails_whoever_waits_and_the_next_call_starts_a_new_one(scorer: Scorer) -> None:
+    def deadly(pack: Pack, forward: Callable[[Pack], Tensor]) -> Tensor:
+        raise SystemExit("the worker is gone")
+
+    inject(scorer, deadly)
+    with pytest.raises(RuntimeError, match="the worker is gone"):
+        scorer.score("a", ["b"] * 200)
+    assert len(scorer.score("a", ["b"])) == 1
+
+
+def test_several_devices_share_one_queue_and_keep_the_order() -> None:
+    passages = [f"panda number {i}" for i in range(200)]
+    with Scorer(MODEL) as one, Scorer(MODEL, device=["cpu", "cpu"], max_batch_tokens=128) as two:
+        assert two.score("panda", passages) == pytest.approx(one.score("panda", passages), abs=1e-5)
+
+
+def test_close_fails_what_still_waits_and_frees_the_model() -> None:
+    import gc
+    import weakref
+
+    scorer = Scorer(MODEL, max_batch_tokens=64, query_instruction="to be closed ")
+    scorer.warmup()
+    model = weakref.ref(scorer._acquired().loaded.result()._backbone)  # type: ignore[attr-defined]
+    outcome: list[str] = []
+
+    def ask() -> None:
+        try:
+            scorer.score("a", ["panda " * 300] * 3000)
+        except RuntimeError as error:
+            outcome.append(str(error))
+
+    waiting = threading.Thread(target=ask)
+    waiting.start()
+    waiting.join(0.2)
+    scorer.close()
+    waiting.join(10)
+    assert not waiting.is_alive()
+    assert "closed" in outcome[0]
+    gc.collect()
+    assert model() is None
+
+
+def test_a_device_that_is_not_there_lists_those_that_are() -> None:
+    assert available_devices()[-1] == "cpu"
+    missing = "cuda:7" if torch.cuda.is_available() else "cuda"
+    with pytest.raises(ValueError, match=rf"device='{missing}': not on this machine, which has .*cpu"):
+        choose_device(missing)
+    with pytest.raises(ValueError, match="device='hpu:3': not on this machine"):
+        Scorer(MODEL, device="hpu:3").score("a", ["b"])
+
+
+@pytest.mark.parametrize(
+    ("dtype", "device", "capability", "float16_is_safe", "expected"),
+    [
+        ("auto", "cpu", None, True, torch.float32),
+        ("float16", "cpu", None, True, torch.float16),
+        ("auto", "cuda", (9, 0), True, torch.bfloat16),
+        ("auto", "cuda", (7, 5), True, torch.float16),
+        ("auto", "cuda", (7, 5), False, torch.float32),
+        ("auto", "mps", None, True, torch.float32),
+        ("fast", "mps", None, True, torch.float16),
+        ("fast", "mps", None, False, torch.float32),
+    ],
+)
+def test_precision_follows_the_device_and_the_family(
+    dtype: str,
+    device: str,
+    capability: tuple[int, int] | None,
+    float16_is_safe: bool,
+    expected: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert choose_precision(dtype, torch.device(device), float16_is_safe=float16_is_safe).dtype == expected
+
+
+@pytest.mark.parametrize(("has", "expected"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_fast_on_a_cpu_is_bfloat16_only_where_the_processor_multiplies_it(
+    has: bool, expected: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": has, "amx_bf16": False})
+    assert choose_precision("fast", torch.device("cpu"), float16_is_safe=True).dtype == expected

@@ -1,0 +1,49 @@
+"""Packs: end to end, never padded, prefixes once."""
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bge_rerank_plugins.core.packing import TokenSequence, pack_sequences
+
+ids = st.lists(st.integers(0, 99), min_size=1, max_size=9)
+
+
+@given(st.lists(ids, min_size=1, max_size=8))
+def test_a_pack_holds_the_tokens_of_its_sequences_and_not_one_more(sequences: list[list[int]]) -> None:
+    pack = pack_sequences([TokenSequence(s) for s in sequences])
+    assert pack.input_ids.tolist() == [token for s in sequences for token in s]
+    assert pack.position_ids.tolist() == [position for s in sequences for position in range(len(s))]
+    assert pack.input_ids[pack.first_rows].tolist() == [s[0] for s in sequences]
+    assert pack.input_ids[pack.last_rows].tolist() == [s[-1] for s in sequences]
+    assert pack.cu_seqlens_q.diff().tolist() == [len(s) for s in sequences]
+    assert torch.equal(pack.cu_seqlens_q, pack.cu_seqlens_k)
+    assert pack.key_rows is None
+
+
+@given(st.lists(st.tuples(ids, st.lists(ids, min_size=1, max_size=4)), min_size=1, max_size=4))
+def test_a_shared_prefix_stands_once_and_every_sequence_reads_its_own_keys(
+    requests: list[tuple[list[int], list[list[int]]]],
+) -> None:
+    sequences = [
+        TokenSequence([*prefix, *rest], prefix=len(prefix), group=group)
+        for group, (prefix, rests) in enumerate(requests)
+        for rest in rests
+    ]
+    pack = pack_sequences(sequences)
+    assert len(pack) == sum(len(prefix) + sum(map(len, rests)) for prefix, rests in requests)
+    assert pack.key_rows is not None
+    keys = [
+        rows.tolist() for rows in pack.input_ids[pack.key_rows].split(pack.cu_seqlens_k.diff().tolist())
+    ]  # of every segment, prefixes included
+    segments_with_score = [keys[i] for i, s in enumerate(pack.segments) if s.stop - 1 in pack.last_rows.tolist()]
+    assert segments_with_score == [s.input_ids for s in sequences]
+    assert pack.input_ids[pack.last_rows].tolist() == [s.input_ids[-1] for s in sequences]
+    assert pack.input_ids[pack.first_rows].tolist() == [s.input_ids[0] for s in sequences]
+
+
+def test_positions_and_segments_given_by_the_family_are_kept() -> None:
+    pack = pack_sequences([TokenSequence([5, 6], token_type_ids=[0, 1], position_ids=[0, -1]), TokenSequence([7])])
+    assert pack.position_ids.tolist() == [0, -1, 0]
+    assert pack.token_type_ids is not None
+    assert pack.token_type_ids.tolist() == [0, 1, 0]

@@ -1,0 +1,105 @@
+"""What goes into the next pack."""
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bge_rerank_plugins.core.packing import TokenSequence
+from bge_rerank_plugins.core.schedule import Pair, Request, Schedule
+
+
+def request(*lengths: int) -> Request:
+    return Request([TokenSequence([0] * length) for length in lengths])
+
+
+def tokens(pairs: list[Pair]) -> int:
+    return sum(len(pair.sequence) for pair in pairs)
+
+
+def scheduled(*requests: Request) -> Schedule:
+    schedule = Schedule()
+    for each in requests:
+        schedule.add(each)
+    return schedule
+
+
+lengths = st.lists(st.integers(1, 30), min_size=1, max_size=8)
+
+
+@given(st.lists(lengths, min_size=1, max_size=6), st.integers(1, 60))
+def test_every_pair_is_handed_out_once_in_packs_within_the_budget(requests: list[list[int]], budget: int) -> None:
+    waiting = [request(*each) for each in requests]
+    schedule = scheduled(*waiting)
+    handed_out: list[Pair] = []
+    while schedule:
+        pairs = schedule.take(budget)
+        assert pairs
+        assert tokens(pairs) <= budget or len(pairs) == 1
+        handed_out += pairs
+    assert sorted((p.request.arrival, p.index) for p in handed_out) == [
+        (each.arrival, index) for each in waiting for index in range(len(each.sequences))
+    ]
+    assert all(each.tokens_left == 0 for each in waiting)
+
+
+def test_one_pack_takes_pairs_of_all_waiting_requests() -> None:
+    pairs = scheduled(request(10), request(10), request(10)).take(100)
+    assert len({pair.request for pair in pairs}) == 3
+
+
+def test_a_short_request_overtakes_a_long_job() -> None:
+    """First come, first served would let 50,000 pairs hold up a user's 20."""
+    job = request(*[100] * 50_000)
+    schedule = scheduled(job)
+    schedule.take(2000)
+    short = request(*[100] * 20)
+    schedule.add(short)
+    alone = 1
+    packs = 0
+    while short.taken < len(short.sequences):
+        schedule.take(2000)
+        packs += 1
+    assert packs <= alone + 2  # and one more for the pack that was running
+
+
+def test_a_long_job_always_moves() -> None:
+    """Shortest first alone would starve it for as long as short requests keep coming."""
+    job = request(*[100] * 1000)
+    schedule = scheduled(job)
+    for _ in range(100):
+        for _ in range(5):
+            schedule.add(request(*[100] * 10))
+        before = job.taken
+        schedule.take(2000)
+        assert job.taken > before
+
+
+def test_a_cancelled_request_is_handed_out_no_more() -> None:
+    first, second = request(5, 5, 5), request(5)
+    schedule = scheduled(first, second)
+    assert first.future.cancel()
+    assert [pair.request for pair in schedule.take(100)] == [second]
+    assert not schedule
+    assert schedule.tokens == 0
+
+
+def test_what_is_put_back_comes_first_and_keeps_its_place() -> None:
+    only = request(5, 5, 5, 5)
+    schedule = scheduled(only)
+    schedule.put_back(schedule.take(10))
+    assert schedule.tokens == 20
+    assert [pair.index for pair in schedule.take(5)] == [0]
+    assert [pair.index for pair in schedule.take(5)] == [1]
+    assert [pair.index for pair in schedule.take(10)] == [2, 3]
+
+
+def test_a_shared_prefix_counts_once_against_the_budget() -> None:
+    shared = Request([TokenSequence([0] * 10, prefix=8, group=1) for _ in range(5)])
+    assert len(scheduled(shared).take(18)) == 5
+
+
+def test_drain_returns_every_request_once() -> None:
+    first, second = request(5, 5), request(5)
+    schedule = scheduled(first, second)
+    schedule.put_back(schedule.take(5))
+    assert set(schedule.drain()) == {first, second}
+    assert not schedule

@@ -1,0 +1,308 @@
+"""`Scorer`: input to scores to ranking."""
+
+import asyncio
+import copy
+import pickle
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import texts
+
+from bge_rerank_plugins import RankedPassage, Scorer
+from bge_rerank_plugins.scorer import rank_scores, sigmoid
+
+PASSAGES = [
+    "hi",
+    "The giant panda is a bear species endemic to China.",
+    "",
+    "datetime parses a string " * 30,
+    "熊猫 🐼",
+]
+
+
+@pytest.fixture(scope="module")
+def scorer() -> Iterator[Scorer]:
+    from conftest import DATA
+
+    with Scorer(str(DATA / "encoder")) as scorer:
+        yield scorer
+
+
+def test_scores_are_python_floats_in_input_order(scorer: Scorer) -> None:
+    scores = scorer.score("what is panda?", PASSAGES)
+    assert [type(score) for score in scores] == [float] * len(PASSAGES)
+    assert scores == pytest.approx([scorer.score("what is panda?", [passage])[0] for passage in PASSAGES], abs=1e-5)
+
+
+@given(query=texts, passages=st.lists(texts, max_size=6))
+def test_any_text_scores(scorer: Scorer, query: str, passages: list[str]) -> None:
+    assert len(scorer.score(query, passages)) == len(passages)
+
+
+def test_more_passages_than_are_tokenised_at_once_keep_their_order(scorer: Scorer) -> None:
+    passages = [f"panda number {i}" for i in range(100)]
+    scores = scorer.score("panda", passages)
+    assert scores == pytest.approx(scorer.score("panda", passages[::-1])[::-1], abs=1e-5)
+    assert len(set(scores)) > 50
+
+
+def test_no_passages_need_no_model() -> None:
+    scorer = Scorer("/no/such/model")
+    assert scorer.score("a", []) == []
+    assert scorer.score_pairs([]) == []
+    assert scorer.rank("a", []) == []
+    assert asyncio.run(scorer.ascore("a", [])) == []
+    assert asyncio.run(scorer.arank("a", [])) == []
+
+
+def test_pairs_score_as_their_queries_do(scorer: Scorer) -> None:
+    pairs = [("a", "x"), ("a", "y"), ("b", "x"), ("a", "z")]
+    assert scorer.score_pairs(pairs) == pytest.approx([scorer.score(q, [p])[0] for q, p in pairs], abs=1e-5)
+    assert scorer.score_pairs(iter([["a", "x"]])) == pytest.approx(scorer.score("a", ["x"]), abs=1e-5)  # type: ignore[list-item]
+
+
+def test_any_iterable_of_strings_will_do(scorer: Scorer) -> None:
+    expected = scorer.score("a", ["x", "y"])
+    assert scorer.score("a", ("x", "y")) == expected
+    assert scorer.score("a", (text for text in "xy")) == expected  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("query", "passages", "message"),
+    [
+        (None, ["a"], "query=None: expected a string, got NoneType"),
+        (3, ["a"], "query=3: expected a string, got int"),
+        (b"a", ["a"], "query=b'a': expected a string, got bytes"),
+        ("a", "not a list", "passages='not a list': expected a list of strings"),
+        ("a", None, "passages=None: expected a list of strings"),
+        ("a", ["x", None], r"passages\[1\]=None: expected a string, got NoneType"),
+        ("a", ["x", 1.5], r"passages\[1\]=1.5: expected a string, got float"),
+        ("a", ["\ud800"], r"passages\[0\]='.ud800': not valid Unicode, surrogates not allowed at 0"),
+        ("\udfff", ["a"], "query='.udfff': not valid Unicode"),
+    ],
+)
+def test_what_is_not_text_is_refused_by_name(scorer: Scorer, query: object, passages: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        scorer.score(query, passages)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=message):
+        asyncio.run(scorer.ascore(query, passages))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("pairs", [["ab"], [("a",)], [("a", "b", "c")], [None], [("a", None)], [(1, "b")]])
+def test_what_is_not_a_pair_is_refused_by_place(scorer: Scorer, pairs: list[object]) -> None:
+    with pytest.raises(ValueError, match=r"pairs\[0\]"):
+        scorer.score_pairs(pairs)  # type: ignore[arg-type]
+
+
+def test_normalize_is_the_sigmoid_of_the_raw_score(encoder_dir: str, scorer: Scorer) -> None:
+    with Scorer(encoder_dir, normalize=True) as normalized:
+        raw = scorer.score("panda", PASSAGES)
+        assert normalized.score("panda", PASSAGES) == [sigmoid(score) for score in raw]
+        assert asyncio.run(normalized.ascore("panda", PASSAGES)) == pytest.approx([sigmoid(score) for score in raw])
+        assert normalized.score_pairs([("panda", p) for p in PASSAGES]) == pytest.approx([sigmoid(s) for s in raw])
+
+
+def test_sigmoid_gives_the_published_values() -> None:
+    """Raw and normalised scores side by side in the model card of bge-reranker-v2-m3."""
+    published = {-5.65234375: 0.003497010252573502, -8.1875: 0.00027803096387751553, 5.26171875: 0.9948403768236574}
+    for raw, normalised in published.items():
+        assert sigmoid(raw) == pytest.approx(normalised, rel=1e-12)
+    assert sigmoid(-1e4) == 0.0
+    assert sigmoid(1e4) == 1.0
+
+
+def test_rank_orders_by_score_and_cuts(scorer: Scorer) -> None:
+    scores = scorer.score("panda", PASSAGES)
+    ranking = scorer.rank("panda", PASSAGES)
+    assert [passage.index for passage in ranking] == sorted(range(len(scores)), key=lambda i: -scores[i])
+    assert [passage.score for passage in ranking] == sorted(scores, reverse=True)
+    assert scorer.rank("panda", PASSAGES, top_n=2) == ranking[:2]
+    assert scorer.rank("panda", PASSAGES, top_n=0) == []
+    assert scorer.rank("panda", PASSAGES, top_n=99) == ranking
+    assert [passage.index for passage in asyncio.run(scorer.arank("panda", PASSAGES, top_n=2))] == [
+        passage.index for passage in ranking[:2]
+    ]
+
+
+scores_with_ties = st.lists(st.sampled_from([-1.5, 0.0, 0.25, 7.0]) | st.floats(-9, 9), max_size=12)
+
+
+@given(scores_with_ties, st.none() | st.integers(0, 14), st.none() | st.sampled_from([-1.5, 0.0, 0.25, 100.0]))
+def test_ties_keep_the_input_order_and_the_threshold_comes_before_top_n(
+    scores: list[float], top_n: int | None, threshold: float | None
+) -> None:
+    ranking = rank_scores(scores, top_n, threshold)
+    kept = [i for i, score in enumerate(scores) if threshold is None or score >= threshold]
+    expected = sorted(kept, key=lambda i: (-scores[i], i))
+    assert ranking == [RankedPassage(i, scores[i]) for i in expected[: len(expected) if top_n is None else top_n]]
+
+
+@pytest.mark.parametrize(
+    ("cut", "message"),
+    [
+        ({"top_n": -1}, "top_n=-1"),
+        ({"top_n": 1.5}, r"top_n=1\.5"),
+        ({"top_n": True}, "top_n=True"),
+        ({"score_threshold": float("nan")}, "score_threshold=nan"),
+        ({"score_threshold": "0.5"}, "score_threshold='0.5'"),
+    ],
+)
+def test_an_impossible_cut_is_refused_before_anything_is_scored(cut: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Scorer("/no/such/model").rank("a", ["b"], **cut)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=message):
+        asyncio.run(Scorer("/no/such/model").arank("a", ["b"], **cut))  # type: ignore[arg-type]
+
+
+def test_threads_get_the_scores_of_their_own_pairs(scorer: Scorer) -> None:
+    """A shared tokenizer whose truncation is set per call, or a shared batch, mixes up concurrent calls."""
+    jobs = [(f"query {i}", [f"passage {i} " * (j + 1) for j in range(i % 5 + 1)]) for i in range(60)]
+    expected = [scorer.score(*job) for job in jobs]
+    with ThreadPoolExecutor(16) as threads:
+        together = list(threads.map(lambda job: scorer.score(*job), jobs))
+    assert [s for scores in together for s in scores] == pytest.approx(
+        [s for scores in expected for s in scores], abs=1e-5
+    )
+
+
+async def test_tasks_get_the_scores_of_their_own_pairs(scorer: Scorer) -> None:
+    jobs = [(f"query {i}", [f"passage {i} " * (j + 1) for j in range(i % 5 + 1)]) for i in range(60)]
+    together = await asyncio.gather(*(scorer.ascore(*job) for job in jobs))
+    expected = [scorer.score(*job) for job in jobs]  # also: works inside a running loop
+    assert [s for scores in together for s in scores] == pytest.approx(
+        [s for scores in expected for s in scores], abs=1e-5
+    )
+
+
+async def test_a_cancelled_call_leaves_the_scorer_usable(scorer: Scorer) -> None:
+    with pytest.raises(asyncio.TimeoutError):
+        await asyncio.wait_for(scorer.ascore("panda", ["panda " * 400] * 400), timeout=0.05)
+    assert len(await scorer.ascore("panda", ["bear"])) == 1
+
+
+async def test_loading_and_scoring_do_not_block_the_event_loop(encoder_dir: str) -> None:
+    longest = 0.0
+
+    async def heartbeat() -> None:
+        nonlocal longest
+        loop = asyncio.get_running_loop()
+        while True:
+            before = loop.time()
+            await asyncio.sleep(0.005)
+            longest = max(longest, loop.time() - before)
+
+    beat = asyncio.create_task(heartbeat())
+    with Scorer(encoder_dir, passage_instruction="loaded here for the first time ") as fresh:
+        started = asyncio.get_running_loop().time()
+        await fresh.ascore("panda", ["panda " * 400] * 100)
+        taken = asyncio.get_running_loop().time() - started
+    beat.cancel()
+    assert longest < max(0.25, taken / 2)
+
+
+def test_a_closed_scorer_says_so_and_closes_twice(encoder_dir: str) -> None:
+    scorer = Scorer(encoder_dir)
+    scorer.warmup()
+    scorer.close()
+    scorer.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        scorer.score("a", ["b"])
+    with pytest.raises(RuntimeError, match="closed"):
+        asyncio.run(scorer.ascore("a", ["b"]))
+
+
+def test_scorers_with_equal_settings_share_one_model_until_the_last_is_closed(encoder_dir: str) -> None:
+    def workers() -> set[threading.Thread]:
+        return {thread for thread in threading.enumerate() if thread.name.startswith("bge-rerank-")}
+
+    before = workers()
+    first, second = (Scorer(encoder_dir, query_instruction="shared ") for _ in range(2))
+    first.warmup()
+    alone = workers()
+    second.warmup()
+    assert workers() == alone != before
+    first.close()
+    assert len(second.score("a", ["b"])) == 1
+    second.close()
+    assert workers() <= before
+
+
+def test_a_scorer_that_is_forgotten_gives_its_model_back(encoder_dir: str) -> None:
+    from bge_rerank_plugins.core import engine
+
+    before = set(engine._engines)
+    scorer = Scorer(encoder_dir, query_instruction="forgotten ")
+    scorer.warmup()
+    assert set(engine._engines) != before
+    del scorer
+    assert set(engine._engines) == before
+
+
+@pytest.mark.parametrize("copier", [copy.deepcopy, lambda scorer: pickle.loads(pickle.dumps(scorer))])
+def test_copies_carry_settings_and_no_weights(encoder_dir: str, copier: object) -> None:
+    with Scorer(encoder_dir, normalize=True) as scorer:
+        scores = scorer.score("panda", PASSAGES)
+        assert len(pickle.dumps(scorer)) < 3000
+        with copier(scorer) as copied:  # type: ignore[operator]
+            assert copied.settings == scorer.settings
+            assert copied.score("panda", PASSAGES) == pytest.approx(scores)
+
+
+def test_progress_is_shown_on_request_and_on_standard_error_only(
+    encoder_dir: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with Scorer(encoder_dir, show_progress=True) as scorer:
+        scorer.warmup()
+        capfd.readouterr()
+        scorer.score("panda", PASSAGES * 20)
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert "100/100" in err
+
+
+def test_exit_with_work_queued_is_silent_and_quick(encoder_dir: str) -> None:
+    program = f"""
+import threading, time
+from bge_rerank_plugins import Scorer
+scorer = Scorer({encoder_dir!r}, max_batch_tokens=512)
+scorer.warmup()
+threading.Thread(target=lambda: scorer.score("panda", ["panda " * 400] * 20000), daemon=True).start()
+time.sleep(0.5)
+print("leaving", flush=True)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "leaving\n", "")
+
+
+def test_a_forked_child_is_told_that_the_model_cannot_follow(encoder_dir: str) -> None:
+    program = f"""
+import os
+from bge_rerank_plugins import Scorer
+scorer = Scorer({encoder_dir!r})
+scorer.warmup()
+child = os.fork()
+if child == 0:
+    try:
+        scorer.score("a", ["b"])
+    except RuntimeError as error:
+        print(error, flush=True)
+    try:
+        Scorer({encoder_dir!r}, normalize=True).score("a", ["b"])
+    except RuntimeError as error:
+        print(error, flush=True)
+        os._exit(7)
+    os._exit(0)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+print(len(scorer.score("a", ["b"])))
+"""
+    command = [sys.executable, "-W", "ignore", "-c", program]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("forked after a model was loaded") == 2
+    assert done.stdout.endswith("1\n")

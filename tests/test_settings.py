@@ -1,0 +1,73 @@
+"""Options: one definition, clear refusals, secrets kept."""
+
+import inspect
+
+import pytest
+from pydantic import ValidationError
+
+from bge_rerank_plugins import RerankSettings, Scorer
+
+
+def test_the_scorer_takes_every_option_with_its_default() -> None:
+    parameters = inspect.signature(Scorer.__init__).parameters
+    fields = RerankSettings.model_fields
+    assert list(parameters)[1:] == list(fields)
+    assert {name: p.default for name, p in parameters.items() if name not in ("self", "model")} == {
+        name: field.default for name, field in fields.items() if name != "model"
+    }
+    assert all(p.kind == p.KEYWORD_ONLY for name, p in parameters.items() if name not in ("self", "model"))
+
+
+def test_every_option_is_documented() -> None:
+    assert all(field.description for field in RerankSettings.model_fields.values())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"device": "gpu"}, "device='gpu': not one of cpu, cuda, mps"),
+        ({"device": ["cpu", "tpu"]}, "device='tpu'"),
+        ({"device": []}, r"device=\[\]"),
+        ({"dtype": "int4"}, "'int4'.*|'auto', 'fast', 'float32', 'bfloat16' or 'float16'"),
+        ({"max_length": 0}, "max_length"),
+        ({"max_length": -5}, "max_length"),
+        ({"query_max_length": 20, "max_length": 10}, "query_max_length=20: longer than the whole pair, max_length=10"),
+        ({"cutoff_layer": 0}, "cutoff_layer"),
+        ({"max_batch_tokens": 0}, "max_batch_tokens"),
+        ({"model": ""}, "model"),
+        ({"model": None}, "model"),
+        ({"normalize": "maybe"}, "normalize"),
+    ],
+)
+def test_an_impossible_option_is_refused_by_name(options: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Scorer(**({"model": "m"} | options))  # type: ignore[arg-type]
+
+
+def test_an_unknown_option_is_refused() -> None:
+    with pytest.raises(ValidationError, match="use_fp16"):
+        RerankSettings(model="m", use_fp16=True)  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match="use_fp16"):
+        Scorer("m", use_fp16=True)  # type: ignore[call-arg]
+
+
+def test_the_token_is_never_shown_or_serialised() -> None:
+    settings = RerankSettings(model="m", token="secret")
+    assert settings.token == "secret"
+    assert "secret" not in repr(settings) + repr(Scorer("m", token="secret")) + str(settings)
+    assert "token" not in settings.model_dump()
+    assert "secret" not in settings.model_dump_json()
+
+
+def test_settings_make_the_same_scorer() -> None:
+    settings = RerankSettings(model="m", device=["cpu", "cpu"], max_length=99, normalize=True, token="t")
+    scorer = Scorer.from_settings(settings)
+    assert scorer.settings == settings
+    assert scorer.has_settings_of(settings)
+    assert not scorer.has_settings_of(settings.model_copy(update={"max_length": 98}))
+
+
+def test_changing_what_a_scorer_shows_of_its_settings_does_not_change_the_scorer() -> None:
+    scorer = Scorer("m")
+    scorer.settings.normalize = True
+    assert scorer.settings.normalize is False
