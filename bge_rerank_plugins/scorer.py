@@ -73,8 +73,8 @@ class Scorer:
         query_max_length: int | None = None,
         prompt: str | None = None,
         cutoff_layer: int | None = None,
-        query_instruction: str = "",
-        passage_instruction: str = "",
+        query_instruction: str | None = None,
+        passage_instruction: str | None = None,
         normalize: bool = False,
         max_batch_tokens: int | None = None,
         peft_path: str | None = None,
@@ -181,6 +181,27 @@ class Scorer:
         """
         check_cut(top_n, score_threshold)
         return rank_scores(self.score(query, passages), top_n, score_threshold)
+
+    def score_layers(self, query: str, passages: Sequence[str], cutoff_layers: Sequence[int]) -> dict[int, list[float]]:
+        """Scores passages after several layers of a layerwise model in one pass.
+
+        Args:
+            query: The question.
+            passages: The texts to score.
+            cutoff_layers: Layers to score after. Layers above the scorer's `cutoff_layer` are loaded when first asked for.
+
+        Returns:
+            For each layer one score per passage, in their order.
+
+        Raises:
+            ValueError: Not a layerwise model, or a layer without a scoring head; the message names the range.
+        """
+        texts = _checked(query, passages)
+        if not texts:
+            return {layer: [] for layer in cutoff_layers}
+        layers = self._checked_layers(cutoff_layers)
+        rows = self._raw_scores([(query, texts)], layers)[0]
+        return {layer: self._normalized([row[i] for row in rows]) for i, layer in enumerate(layers)}
 
     async def ascore(self, query: str, passages: Sequence[str]) -> list[float]:
         """`score` without blocking the event loop; when the task is cancelled, pairs not yet scored are dropped."""
@@ -296,13 +317,30 @@ class Scorer:
             self._finalizer.detach()
         release(engine)
 
-    def _raw_scores(self, requests: Sequence[tuple[str, Sequence[str]]]) -> list[list[float]]:
+    def _checked_layers(self, cutoff_layers: Sequence[int]) -> tuple[int, ...]:
+        _, family = self._loaded()
+        if family.layers is None:
+            raise ValueError(
+                f"cutoff_layers={list(cutoff_layers)}: {self._settings.model!r} is no layerwise checkpoint"
+            )
+        if not cutoff_layers:
+            raise ValueError("cutoff_layers=[]: name at least one layer")
+        from .core.layerwise import check_layers
+
+        check_layers(cutoff_layers, family.layers)
+        return tuple(dict.fromkeys(cutoff_layers))
+
+    def _raw_scores(
+        self, requests: Sequence[tuple[str, Sequence[str]]], cutoff_layers: tuple[int, ...] = ()
+    ) -> list[list[Any]]:
         """Raw scores of each request's passages; tokenising runs ahead of the device."""
         engine, family = self._loaded()
-        submitted: list[list[Future[list[float]]]] = []
+        submitted: list[list[Future[list[Any]]]] = []
         try:
             for query, passages in requests:
-                submitted.append([engine.submit(family.encode(query, chunk)) for chunk in _chunks(passages)])
+                submitted.append(
+                    [engine.submit(family.encode(query, chunk), cutoff_layers) for chunk in _chunks(passages)]
+                )
             with _progress(sum(len(p) for _, p in requests), self._settings.show_progress) as advance:
                 return [[score for chunk in chunks for score in advance(chunk.result())] for chunks in submitted]
         finally:

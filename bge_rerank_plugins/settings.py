@@ -60,8 +60,14 @@ class RerankSettings(BaseModel):
         ge=1,
         description="Layer whose score is returned, layerwise checkpoints only; by default the last.",
     )
-    query_instruction: str = Field(default="", description="Text put before every query.")
-    passage_instruction: str = Field(default="", description="Text put before every passage.")
+    query_instruction: str | None = Field(
+        default=None,
+        description="Text put before every query. By default none, and 'A: ' for the LLM rerankers, as they were trained.",
+    )
+    passage_instruction: str | None = Field(
+        default=None,
+        description="Text put before every passage. By default none, and 'B: ' for the LLM rerankers, as they were trained.",
+    )
     normalize: bool = Field(
         default=False, description="Map scores into 0..1 with the sigmoid function; by default they are raw logits."
     )

@@ -5,6 +5,7 @@ Safetensors only, and never any code from the checkpoint. Knows nothing of packs
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ import torch
 from safetensors import SafetensorError
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
-from transformers.utils import logging
+from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import cached_file
 
 from .attention import ATTENTION
@@ -232,16 +233,16 @@ def _quiet(show_progress: bool) -> Iterator[None]:
 
     What transformers would report, weights that are missing, is an error here.
     """
-    bars = logging.is_progress_bar_enabled() and not show_progress
-    verbosity = logging.get_verbosity()
+    bars = transformers_logging.is_progress_bar_enabled() and not show_progress
+    verbosity = transformers_logging.get_verbosity()
     if bars:
-        logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    logging.set_verbosity_error()
+        transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    transformers_logging.set_verbosity(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
             yield
     finally:
-        logging.set_verbosity(verbosity)
+        transformers_logging.set_verbosity(verbosity)
         if bars:
-            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+            transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]

@@ -114,6 +114,7 @@ class Encoder:
     name: ClassVar[str] = "encoder"
     architectures: ClassVar[tuple[str, ...]] = tuple(ARCHITECTURES)
     float16_is_safe: ClassVar[bool] = True
+    layers: ClassVar[range | None] = None
 
     def __init__(
         self,
@@ -124,7 +125,6 @@ class Encoder:
         architecture: Architecture,
     ) -> None:
         self.max_length = max_length
-        self.num_layers = int(model.config.num_hidden_layers)
         self._backbone: nn.Module = model.base_model
         self._head = architecture.head(model)
         for name in architecture.head_modules:  # scores are float32 from the head on
@@ -134,8 +134,8 @@ class Encoder:
         self._token_types = architecture.token_types
         self._tokenizer = tokenizer
         self._template = PairTemplate.of(tokenizer)
-        self._query_instruction = settings.query_instruction
-        self._passage_instruction = settings.passage_instruction
+        self._query_instruction = settings.query_instruction or ""
+        self._passage_instruction = settings.passage_instruction or ""
         self._room = max_length - len(self._template)
         if self._room < 1:
             raise ValueError(
@@ -191,7 +191,7 @@ class Encoder:
     def _ids(self, texts: list[str]) -> list[list[int]]:
         return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
 
-    def forward(self, pack: Pack) -> Tensor:
+    def forward(self, pack: Pack, cutoff_layers: Sequence[int] = ()) -> Tensor:
         """Logits of the pack's sequences. Shape (sequences,), float32."""
         types = torch.zeros_like(pack.input_ids) if pack.token_type_ids is None else pack.token_type_ids
         hidden: Tensor = self._backbone(

@@ -18,7 +18,7 @@ import os
 import threading
 import weakref
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -91,14 +91,18 @@ class Engine:
         """A thread that tokenises for callers who must not block."""
         return self._tokenizer_thread
 
-    def submit(self, sequences: Sequence[TokenSequence]) -> Future[list[float]]:
+    def submit(self, sequences: Sequence[TokenSequence], cutoff_layers: tuple[int, ...] = ()) -> Future[list[Any]]:
         """Queues pairs. The future resolves to their raw scores, in order; cancelling it drops those not yet scored.
+
+        Args:
+            sequences: The pairs' token ids.
+            cutoff_layers: Layers to score after. If there are any, each score is a list with one number for each.
 
         Raises:
             EngineClosedError: The engine was closed.
             RuntimeError: The worker died, or this process was forked off the one that loaded the model.
         """
-        request = Request(sequences)
+        request = Request(sequences, cutoff_layers)
         if not sequences:
             request.future.set_result([])
             return request.future
@@ -174,7 +178,7 @@ class Engine:
 
     def _score(self, worker: _Worker, pairs: list[Pair]) -> None:
         try:
-            scores = worker.score([pair.sequence for pair in pairs])
+            scores = worker.score([pair.sequence for pair in pairs], pairs[0].request.cutoff_layers)
         except torch.OutOfMemoryError as error:
             if len(pairs) > 1:
                 worker.shrink(sum(len(pair.sequence) for pair in pairs))
@@ -221,10 +225,10 @@ class _Worker:
         self._full_budget = self.budget
         self._fitted = 0
 
-    def score(self, sequences: Sequence[TokenSequence]) -> list[float]:
+    def score(self, sequences: Sequence[TokenSequence], cutoff_layers: tuple[int, ...]) -> list[Any]:
         """Raw scores of one pack."""
         with torch.inference_mode():
-            scores: list[float] = self.family.forward(pack_sequences(sequences, self.device)).tolist()
+            scores: list[Any] = self.family.forward(pack_sequences(sequences, self.device), cutoff_layers).tolist()
         self._fitted += 1
         if self.budget < self._full_budget and self._fitted % PACKS_BEFORE_GROWTH == 0:
             self.budget = min(self._full_budget, self.budget + max(1, self.budget // 8))
@@ -237,11 +241,11 @@ class _Worker:
         torch.cuda.empty_cache()
 
 
-def _record(pair: Pair, score: float, worker: _Worker) -> None:
+def _record(pair: Pair, score: float | list[float], worker: _Worker) -> None:
     request = pair.request
     if request.finished:
         return
-    if not math.isfinite(score):
+    if not all(map(math.isfinite, score if isinstance(score, list) else [score])):
         name = str(worker.precision.dtype).removeprefix("torch.")
         better = "'bfloat16' or 'float32'" if name == "float16" else "'float32'"
         cure = "its weights or its input overflow" if name == "float32" else f"use dtype={better}"
@@ -250,7 +254,7 @@ def _record(pair: Pair, score: float, worker: _Worker) -> None:
     request.scores[pair.index] = score
     request.unscored -= 1
     if request.unscored == 0 and request.future.set_running_or_notify_cancel():
-        request.future.set_result([s for s in request.scores if s is not None])
+        request.future.set_result(request.scores)
 
 
 def _fail(request: Request, error: BaseException) -> None:

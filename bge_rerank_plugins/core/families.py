@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from .checkpoint import Checkpoint
+from .decoder import Decoder
 from .encoder import Encoder
+from .layerwise import Layerwise
 from .packing import Pack, TokenSequence
 
 if TYPE_CHECKING:
@@ -34,16 +36,19 @@ class Family(Protocol):
         ...
 
     @property
-    def num_layers(self) -> int:
-        """Number of transformer layers that are computed."""
+    def layers(self) -> range | None:
+        """Layers after which the family can score; None if only after the last."""
         ...
 
     def encode(self, query: str, passages: Sequence[str]) -> list[TokenSequence]:
         """Token ids of the query with each of the passages, cut to `max_length`."""
         ...
 
-    def forward(self, pack: Pack) -> Tensor:
-        """Raw scores of the pack's sequences. Shape (sequences,), float32."""
+    def forward(self, pack: Pack, cutoff_layers: Sequence[int] = ()) -> Tensor:
+        """Raw scores of the pack's sequences, float32.
+
+        Shape (sequences,), or (sequences, cutoff_layers) where the family scores after several layers and is asked to.
+        """
         ...
 
     @classmethod
@@ -57,7 +62,7 @@ class Family(Protocol):
         ...
 
 
-FAMILIES: tuple[type[Family], ...] = (Encoder,)
+FAMILIES: tuple[type[Family], ...] = (Encoder, Decoder, Layerwise)
 
 
 def family_of(checkpoint: Checkpoint) -> type[Family]:

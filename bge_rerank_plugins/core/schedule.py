@@ -10,7 +10,7 @@ import itertools
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from .packing import TokenSequence
 
@@ -25,7 +25,8 @@ class Request:
 
     Attributes:
         sequences: The pairs' token ids.
-        future: Resolves to the scores, in the order of `sequences`.
+        cutoff_layers: Layers to score after; empty for the one of the settings. Equal for all pairs of a pack.
+        future: Resolves to the scores, in the order of `sequences`: a number each, or one for each of `cutoff_layers`.
         scores: Scores so far; None where a pair is not scored yet.
         taken: How many pairs have been handed out.
         unscored: How many scores are still missing.
@@ -34,8 +35,9 @@ class Request:
     """
 
     sequences: Sequence[TokenSequence]
-    future: "Future[list[float]]" = field(default_factory=Future)
-    scores: list[float | None] = field(init=False)
+    cutoff_layers: tuple[int, ...] = ()
+    future: "Future[list[Any]]" = field(default_factory=Future)
+    scores: list[Any] = field(init=False)
     taken: int = field(default=0, init=False)
     unscored: int = field(init=False)
     tokens_left: int = field(init=False)
@@ -136,6 +138,8 @@ class _Filling:
 
     def add(self, pair: Pair) -> bool:
         sequence = pair.sequence
+        if self.pairs and pair.request.cutoff_layers != self.pairs[0].request.cutoff_layers:
+            return False  # another request may still fit
         shared = sequence.prefix if sequence.prefix and sequence.group in self._groups else 0
         cost = len(sequence) - shared
         if self.pairs and self.tokens + cost > self.budget:

@@ -1,0 +1,224 @@
+"""Family 3: MiniCPM with a scoring head per layer (bge-reranker-v2-minicpm-layerwise).
+
+MiniCPM is transformers' Granite with other names for its multipliers, so the published `model.*` tensors load into
+`GraniteModel` as they are, and no code of the checkpoint is run. A head scores the final-normed hidden state after its layer,
+at the last position. Layers above the highest cutoff in use are not read from disk; a higher one asked for later is.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers import GraniteConfig, GraniteModel
+from transformers.models.granite.modeling_granite import GranitePreTrainedModel
+
+from .packing import Pack, TokenSequence
+from .prompt import Prompt
+
+if TYPE_CHECKING:
+    from ..settings import RerankSettings
+    from .checkpoint import Checkpoint
+
+HEAD_TYPES = ("simple", "complex", "raw")
+
+
+class LayerwiseModel(GranitePreTrainedModel):  # type: ignore[no-untyped-call]
+    """The published checkpoint's layout: the backbone, and beside it one head per layer, or one for all."""
+
+    def __init__(self, config: GraniteConfig) -> None:
+        super().__init__(config)
+        published = config.published
+        self.model = GraniteModel(config)
+        width = 1 if published["head_type"] == "simple" else config.vocab_size
+
+        def head() -> nn.Module:
+            linear = nn.Linear(config.hidden_size, width, bias=False)
+            return linear if published["head_type"] == "raw" else nn.ModuleDict({"linear_head": linear})
+
+        heads = config.num_hidden_layers - published["start_layer"] + 1
+        self.lm_head = nn.ModuleList([head() for _ in range(heads)]) if published["head_multi"] else head()
+        self.post_init()  # type: ignore[no-untyped-call]
+
+    def head_row(self, layer: int, row: int) -> Tensor:
+        """The head's weights for one output after a layer. Shape (hidden,)."""
+        published: dict[str, Any] = self.config.published
+        head: Any = self.lm_head[layer - published["start_layer"]] if published["head_multi"] else self.lm_head
+        linear = head if published["head_type"] == "raw" else head["linear_head"]
+        return linear.weight[0 if published["head_type"] == "simple" else row]  # type: ignore[no-any-return]
+
+
+class Layerwise:
+    """A layerwise reranker. See `families.Family` for what its methods mean."""
+
+    name: ClassVar[str] = "layerwise"
+    architectures: ClassVar[tuple[str, ...]] = ("LayerWiseMiniCPMForCausalLM",)
+    float16_is_safe: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        load: Callable[[int], LayerwiseModel],
+        prompt: Prompt,
+        layers: range,
+        cutoff_layer: int,
+        hidden_scale: float,
+    ) -> None:
+        self.max_length = prompt.max_length
+        self.layers: range | None = layers
+        self._cutoff_layer = cutoff_layer
+        self._hidden_scale = hidden_scale
+        self._prompt = prompt
+        self._load = load
+        self._use(cutoff_layer)
+
+    @classmethod
+    def load(
+        cls, checkpoint: Checkpoint, settings: RerankSettings, device: torch.device, dtype: torch.dtype
+    ) -> Layerwise:
+        """The layers up to `cutoff_layer` with their heads on `device`.
+
+        Raises:
+            ValueError: A `cutoff_layer` that has no head, with the range of those that have one; an unknown head type; a
+                `max_length` beyond the positions; weights that are not in the files.
+        """
+        published = checkpoint.config
+        layers, cutoff_layer, prompt = _checked(checkpoint, settings)
+
+        def load(top: int) -> LayerwiseModel:
+            model: Any = checkpoint.load(LayerwiseModel, _granite_config(published, top), dtype, device)
+            return model  # type: ignore[no-any-return]
+
+        # A head over the whole vocabulary is the language model's own, with its scale before it.
+        whole_vocabulary = published["head_type"] != "simple"
+        scale = published["dim_model_base"] / published["hidden_size"] if whole_vocabulary else 1.0
+        return cls(load, prompt, layers, cutoff_layer, scale)
+
+    @classmethod
+    def describe(cls, checkpoint: Checkpoint, settings: RerankSettings) -> dict[str, str]:
+        """Facts from the config, by name, without loading any weights.
+
+        Raises:
+            ValueError: As `load`, but for what only the weights can tell.
+        """
+        layers, cutoff_layer, prompt = _checked(checkpoint, settings)
+        config = checkpoint.config
+        return {
+            "layers": str(config["num_hidden_layers"]),
+            "scores at layers": f"{layers[0]} to {layers[-1]}",
+            "cutoff_layer": f"{cutoff_layer}, layers above it are not loaded",
+            "hidden size": str(config["hidden_size"]),
+            "vocabulary": f"{config['vocab_size']} tokens",
+            "max_length": f"{prompt.max_length} tokens a pair, and {prompt.extra_tokens} of prompt",
+        }
+
+    def _use(self, top: int) -> None:
+        """Loads the layers up to `top`."""
+        model = self._load(top)
+        self._top = top
+        self._backbone: Any = model.model
+        self._heads = {
+            layer: model.head_row(layer, self._prompt.answer_id).float() for layer in self.layers or () if layer <= top
+        }
+
+    def encode(self, query: str, passages: Sequence[str]) -> list[TokenSequence]:
+        """The model card's token ids, the query as a prefix that the passages share."""
+        return self._prompt.encode(query, passages)
+
+    def forward(self, pack: Pack, cutoff_layers: Sequence[int] = ()) -> Tensor:
+        """Scores after the cutoff layer, shape (sequences,), or after each of `cutoff_layers`, shape (sequences, layers)."""
+        asked = cutoff_layers or (self._cutoff_layer,)
+        if max(asked) > self._top:
+            self._top = 0
+            del self._backbone, self._heads  # never two copies in memory
+            self._use(max(asked))
+        rows = self._rows_after(pack, set(asked))
+        scores = [
+            (self._backbone.norm(rows[layer]).float() * self._hidden_scale) @ self._heads[layer] for layer in asked
+        ]
+        return torch.stack(scores, dim=1) if cutoff_layers else scores[0]
+
+    def _rows_after(self, pack: Pack, layers: set[int]) -> dict[int, Tensor]:
+        """Hidden states of the last positions after each of the layers, which are computed up to the highest."""
+        rows: dict[int, Tensor] = {}
+
+        def keep(layer: int) -> Callable[[nn.Module, Any, Any], None]:
+            def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+                hidden = output if isinstance(output, Tensor) else output[0]
+                rows[layer] = hidden[0, pack.last_rows]
+
+            return hook
+
+        self._backbone.config.num_hidden_layers = max(layers)  # GraniteModel runs that many
+        hooks = [self._backbone.layers[layer - 1].register_forward_hook(keep(layer)) for layer in layers]
+        try:
+            self._backbone(
+                input_ids=pack.input_ids[None], position_ids=pack.position_ids[None], use_cache=False, pack=pack
+            )
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return rows
+
+
+def _checked(checkpoint: Checkpoint, settings: RerankSettings) -> tuple[range, int, Prompt]:
+    """Layers that score, the one to score at, and the prompt, once the settings are known to fit the checkpoint."""
+    layers = layers_of(checkpoint)
+    cutoff_layer = layers[-1] if settings.cutoff_layer is None else settings.cutoff_layer
+    check_layers([cutoff_layer], layers)
+    return layers, cutoff_layer, Prompt(checkpoint, settings, checkpoint.config["max_position_embeddings"])
+
+
+def layers_of(checkpoint: Checkpoint) -> range:
+    """The layers that have a scoring head.
+
+    Raises:
+        ValueError: A head type that is not known.
+    """
+    config = checkpoint.config
+    if config["head_type"] not in HEAD_TYPES:
+        raise ValueError(
+            f"head_type={config['head_type']!r} in {checkpoint.model!r}: not one of {', '.join(HEAD_TYPES)}"
+        )
+    return range(config["start_layer"], config["num_hidden_layers"] + 1)
+
+
+def check_layers(cutoff_layers: Sequence[int], layers: range) -> None:
+    """Raises ValueError for layers without a head, naming those with one."""
+    for layer in cutoff_layers:
+        if layer not in layers:
+            raise ValueError(f"cutoff_layer={layer!r}: this checkpoint scores at layers {layers[0]} to {layers[-1]}")
+
+
+def _granite_config(published: dict[str, Any], top: int) -> GraniteConfig:
+    """Granite's config for the published one, cut to `top` layers. Checked against the published class to 1e-6."""
+    same = (
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "hidden_act",
+        "max_position_embeddings",
+        "rms_norm_eps",
+        "attention_bias",
+        "bos_token_id",
+        "eos_token_id",
+    )
+    rope = dict(published.get("rope_scaling") or {})
+    return GraniteConfig(
+        **{name: published[name] for name in same if name in published},
+        num_hidden_layers=top,
+        tie_word_embeddings=False,
+        embedding_multiplier=published["scale_emb"],
+        residual_multiplier=published["scale_depth"] / math.sqrt(published["num_hidden_layers"]),
+        attention_multiplier=(published["hidden_size"] // published["num_attention_heads"]) ** -0.5,
+        rope_parameters={
+            "rope_theta": published.get("rope_theta", 10000.0),
+            "rope_type": rope.pop("rope_type", rope.pop("type", "default")),
+            **rope,
+        },
+        published={name: published[name] for name in ("start_layer", "head_multi", "head_type")},  # type: ignore[call-arg]
+    )

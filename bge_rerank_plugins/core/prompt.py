@@ -1,0 +1,87 @@
+"""The prompt of the LLM rerankers: token ids of "A: query", "B: passage" and the question, shared by families 2 and 3.
+
+The ids are those of `get_inputs` in the model cards of bge-reranker-v2-gemma and bge-reranker-v2-minicpm-layerwise: parts are
+tokenised apart and joined as ids, never as text. Knows nothing of models.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from .packing import TokenSequence
+
+if TYPE_CHECKING:
+    from ..settings import RerankSettings
+    from .checkpoint import Checkpoint
+
+PROMPT = (
+    "Given a query A and a passage B, determine whether the passage contains an answer to the query "
+    "by providing a prediction of either 'Yes' or 'No'."
+)
+SEPARATOR = "\n"
+QUERY_INSTRUCTION = "A: "
+PASSAGE_INSTRUCTION = "B: "
+ANSWER = "Yes"
+
+_groups = itertools.count(1)
+
+
+class Prompt:
+    """Builds the token ids of requests.
+
+    Args:
+        checkpoint: Where the tokenizer is.
+        settings: With the user's prompt, instructions and lengths, or None for the model card's.
+        positions: Number of positions that the checkpoint has, for query, passage, separator and prompt.
+
+    Attributes:
+        max_length: Longest query and passage in tokens, first token and the separator between them included.
+        extra_tokens: Number of tokens that come on top: separator and prompt.
+        answer_id: Id of the first token of "Yes".
+
+    Raises:
+        ValueError: A `max_length` beyond the positions, or one that leaves no room.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, settings: RerankSettings, positions: int) -> None:
+        tokenizer: Any = checkpoint.tokenizer()
+        self._tokenizer = tokenizer.backend_tokenizer
+        self._separator, prompt, answer = self._ids([SEPARATOR, _or_default(settings.prompt, PROMPT), ANSWER])
+        self._tail = [*self._separator, *prompt]
+        self.answer_id = answer[0]
+        self.extra_tokens = len(self._tail)
+        self.max_length = max_length = checkpoint.max_length(settings.max_length, positions - self.extra_tokens)
+        if max_length < 5:
+            raise ValueError(f"max_length={max_length}: no room for a query and a passage, take at least 5")
+        self._query_instruction = _or_default(settings.query_instruction, QUERY_INSTRUCTION)
+        self._passage_instruction = _or_default(settings.passage_instruction, PASSAGE_INSTRUCTION)
+        # Never the whole length: the first token and one of the passage stay.
+        self._query_room = min(settings.query_max_length or max_length * 3 // 4, max_length - 2)
+        # FlagEmbedding starts without a first token where the tokenizer has none, or pads with it.
+        has_bos = tokenizer.bos_token_id not in (None, tokenizer.pad_token_id)
+        self._bos = [int(tokenizer.bos_token_id)] if has_bos else []
+
+    def encode(self, query: str, passages: Sequence[str]) -> list[TokenSequence]:
+        """Ids of the query with each passage. The query and what stands before it are a prefix that all share."""
+        query_ids, *passage_ids = self._ids(
+            [self._query_instruction + query, *(self._passage_instruction + passage for passage in passages)]
+        )
+        head = [*self._bos, *query_ids[: self._query_room]]
+        room = self.max_length - len(head)
+        prefix = len(head) + min(room, len(self._separator))
+        group = next(_groups)
+        return [
+            TokenSequence(
+                [*head, *[*self._separator, *ids[: self.max_length]][:room], *self._tail], prefix=prefix, group=group
+            )
+            for ids in passage_ids
+        ]
+
+    def _ids(self, texts: list[str]) -> list[list[int]]:
+        return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+
+
+def _or_default(text: str | None, default: str) -> str:
+    return default if text is None else text
