@@ -8,14 +8,15 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .scorer import RankedPassage, Scorer
+    from .ranking import RankedPassage
+    from .scorer import Scorer
     from .settings import RerankSettings
 
 __version__ = "0.1.0"
 
 __all__ = ["RankedPassage", "RerankSettings", "Scorer"]
 
-_HOMES = {"RankedPassage": ".scorer", "Scorer": ".scorer", "RerankSettings": ".settings"}
+_HOMES = {"RankedPassage": ".ranking", "Scorer": ".scorer", "RerankSettings": ".settings"}
 
 
 def __getattr__(name: str) -> Any:

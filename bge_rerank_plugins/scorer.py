@@ -6,12 +6,12 @@ Knows nothing of documents, nodes or files, and imports torch only when the firs
 from __future__ import annotations
 
 import asyncio
-import math
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
+from .ranking import RankedPassage, check_cut, rank_scores, sigmoid
 from .settings import Dtype, RerankSettings
 
 if TYPE_CHECKING:
@@ -25,18 +25,6 @@ if TYPE_CHECKING:
 
 ENCODE_AT_ONCE = 32
 """Passages that are tokenised before the device gets them, so that it starts while the rest is tokenised."""
-
-
-class RankedPassage(NamedTuple):
-    """A passage's place in a ranking.
-
-    Attributes:
-        index: Position among the passages that were given.
-        score: Its score.
-    """
-
-    index: int  # type: ignore[assignment]  # hides tuple.index, which nobody misses here
-    score: float
 
 
 class Scorer:
@@ -350,35 +338,6 @@ class Scorer:
 
     def _normalized(self, scores: list[float]) -> list[float]:
         return [sigmoid(score) for score in scores] if self._settings.normalize else scores
-
-
-def rank_scores(
-    scores: Sequence[float], top_n: int | None = None, score_threshold: float | None = None
-) -> list[RankedPassage]:
-    """Positions of the scores, best first, equal ones in their order; the threshold applies before `top_n`."""
-    kept = [
-        RankedPassage(i, score) for i, score in enumerate(scores) if score_threshold is None or score >= score_threshold
-    ]
-    return sorted(kept, key=lambda passage: -passage.score)[:top_n]
-
-
-def check_cut(top_n: int | None, score_threshold: float | None) -> None:
-    """Raises ValueError for a `top_n` or `score_threshold` that cannot be meant."""
-    if top_n is not None and (isinstance(top_n, bool) or not isinstance(top_n, int) or top_n < 0):
-        raise ValueError(f"top_n={top_n!r}: expected a whole number from 0, or None for all")
-    if score_threshold is not None and (
-        isinstance(score_threshold, bool)
-        or not isinstance(score_threshold, (int, float))
-        or math.isnan(score_threshold)
-    ):
-        raise ValueError(f"score_threshold={score_threshold!r}: expected a number, or None for no threshold")
-
-
-def sigmoid(score: float) -> float:
-    """1 / (1 + exp(-score)), without overflow."""
-    if score >= 0:
-        return 1 / (1 + math.exp(-score))
-    return math.exp(score) / (1 + math.exp(score))
 
 
 def _checked(query: str, passages: Iterable[str]) -> list[str]:

@@ -245,7 +245,7 @@ def test_layers_of_a_model_that_has_none_are_an_error(encoder_dir: str) -> None:
     for directory in (encoder_dir, DECODER):
         with Scorer(directory) as scorer, pytest.raises(ValueError, match="no layerwise checkpoint"):
             scorer.score_layers("a", ["b"], [3])
-    with pytest.raises(ValueError, match="cutoff_layer=3: .* no layerwise checkpoint"):
+    with pytest.raises(ValueError, match=r"cutoff_layer=3: .* no layerwise checkpoint"):
         Scorer(DECODER, cutoff_layer=3).score("a", ["b"])
     with Scorer(LAYERWISE) as scorer, pytest.raises(ValueError, match="name at least one"):
         scorer.score_layers("a", ["b"], [])
@@ -273,7 +273,7 @@ def test_an_unknown_kind_of_head_is_an_error(tmp_path: Path) -> None:
     model = Path(shutil.copytree(LAYERWISE, tmp_path / "model"))
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps(config | {"head_type": "spiral"}))
-    with pytest.raises(ValueError, match="head_type='spiral' .* not one of simple, complex, raw"):
+    with pytest.raises(ValueError, match=r"head_type='spiral' .* not one of simple, complex, raw"):
         Scorer(str(model)).score("a", ["b"])
 
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from strategies import texts
 
 from bge_rerank_plugins import RankedPassage, Scorer
-from bge_rerank_plugins.scorer import rank_scores, sigmoid
+from bge_rerank_plugins.ranking import rank_scores, sigmoid
 
 PASSAGES = [
     "hi",
