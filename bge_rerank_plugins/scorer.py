@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from .ranking import RankedPassage, check_cut, rank_scores, sigmoid
 from .settings import Dtype, RerankSettings
+from .texts import checked_texts, requests_of_pairs
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
@@ -98,6 +99,13 @@ class Scorer:
         """A scorer with the options of `settings`, or of an adapter, which has them as fields."""
         return cls(**{name: getattr(settings, name) for name in RerankSettings.model_fields})
 
+    def with_settings(self, settings: RerankSettings) -> Scorer:
+        """A scorer with other options, which keeps the loaded model where they allow it."""
+        scorer = Scorer.from_settings(settings)
+        if self._engine is not None and self._engine.serves(scorer._settings):
+            scorer._acquired()
+        return scorer
+
     @property
     def settings(self) -> RerankSettings:
         """The options of this scorer; a copy, since a loaded model does not follow later changes."""
@@ -121,7 +129,7 @@ class Scorer:
             ValueError: Something is not a string; the model cannot be loaded; a score is not a number.
             RuntimeError: The model failed, or the scorer is closed.
         """
-        texts = _checked(query, passages)
+        texts = checked_texts(query, passages)
         if not texts:
             return []
         return self._normalized(self._raw_scores([(query, texts)])[0])
@@ -134,17 +142,7 @@ class Scorer:
         Returns:
             One score per pair, in their order.
         """
-        requests: list[tuple[str, list[str]]] = []
-        for index, pair in enumerate(pairs):
-            if isinstance(pair, str) or not isinstance(pair, Sequence) or len(pair) != 2:
-                raise ValueError(f"pairs[{index}]: expected (query, passage), got {pair!r}")
-            query, passage = pair
-            _check_text(query, f"pairs[{index}][0]")
-            _check_text(passage, f"pairs[{index}][1]")
-            if requests and requests[-1][0] == query:
-                requests[-1][1].append(passage)
-            else:
-                requests.append((query, [passage]))
+        requests = requests_of_pairs(pairs)
         if not requests:
             return []
         return self._normalized([score for scores in self._raw_scores(requests) for score in scores])
@@ -184,7 +182,7 @@ class Scorer:
         Raises:
             ValueError: Not a layerwise model, or a layer without a scoring head; the message names the range.
         """
-        texts = _checked(query, passages)
+        texts = checked_texts(query, passages)
         if not texts:
             return {layer: [] for layer in cutoff_layers}
         layers = self._checked_layers(cutoff_layers)
@@ -193,7 +191,7 @@ class Scorer:
 
     async def ascore(self, query: str, passages: Sequence[str]) -> list[float]:
         """`score` without blocking the event loop; when the task is cancelled, pairs not yet scored are dropped."""
-        texts = _checked(query, passages)
+        texts = checked_texts(query, passages)
         if not texts:
             return []
         engine, family = await self._aloaded()
@@ -338,30 +336,6 @@ class Scorer:
 
     def _normalized(self, scores: list[float]) -> list[float]:
         return [sigmoid(score) for score in scores] if self._settings.normalize else scores
-
-
-def _checked(query: str, passages: Iterable[str]) -> list[str]:
-    _check_text(query, "query")
-    if isinstance(passages, (str, bytes)) or not isinstance(passages, Iterable):
-        raise ValueError(f"passages={_shown(passages)}: expected a list of strings")
-    texts = list(passages)
-    for index, text in enumerate(texts):
-        _check_text(text, f"passages[{index}]")
-    return texts
-
-
-def _check_text(value: object, name: str) -> None:
-    if not isinstance(value, str):
-        raise ValueError(f"{name}={_shown(value)}: expected a string, got {type(value).__name__}")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(f"{name}={_shown(value)}: not valid Unicode, {error.reason} at {error.start}") from error
-
-
-def _shown(value: object) -> str:
-    text = ascii(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _chunks(passages: Sequence[str]) -> Iterable[Sequence[str]]:

@@ -4,11 +4,11 @@
 Knows nothing of torch, of frameworks or of model files: what can be checked without them is checked here, the rest at load.
 """
 
+import os
 import re
 from typing import Literal, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
-from typing_extensions import Self
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 Dtype: TypeAlias = Literal["auto", "fast", "float32", "bfloat16", "float16"]
 
@@ -83,7 +83,10 @@ class RerankSettings(BaseModel):
     cache_dir: str | None = Field(default=None, description="Directory of the hub's download cache.")
     local_files_only: bool = Field(default=False, description="Never download; use only files that are already here.")
     token: str | None = Field(
-        default=None, repr=False, exclude=True, description="Access token for the hub; never printed, never serialised."
+        default=None,
+        repr=False,
+        exclude=True,
+        description="Access token for the hub; kept out of everything that is printed or dumped.",
     )
     show_progress: bool = Field(default=False, description="Show a progress bar on standard error while scoring.")
 
@@ -99,14 +102,17 @@ class RerankSettings(BaseModel):
                 )
         return device
 
-    @model_validator(mode="after")
-    def _query_fits_in_pair(self) -> Self:
-        if (
-            self.max_length is not None
-            and self.query_max_length is not None
-            and self.query_max_length > self.max_length
-        ):
-            raise ValueError(
-                f"query_max_length={self.query_max_length}: longer than the whole pair, max_length={self.max_length}"
-            )
-        return self
+    @field_validator("model", "peft_path", "cache_dir", mode="before")
+    @classmethod
+    def _path_is_text(cls, value: object) -> object:
+        return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+    @field_validator("max_length", "query_max_length")
+    @classmethod
+    def _query_fits_in_pair(cls, value: int | None, info: ValidationInfo) -> int | None:
+        # Per field, since a check of the whole model would let an assignment that fails stand.
+        lengths = info.data | {info.field_name: value}
+        query, pair = lengths.get("query_max_length"), lengths.get("max_length")
+        if query is not None and pair is not None and query > pair:
+            raise ValueError(f"query_max_length={query}: longer than the whole pair, max_length={pair}")
+        return value

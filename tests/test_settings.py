@@ -71,3 +71,19 @@ def test_changing_what_a_scorer_shows_of_its_settings_does_not_change_the_scorer
     scorer = Scorer("m")
     scorer.settings.normalize = True
     assert scorer.settings.normalize is False
+
+
+def test_an_assignment_that_is_refused_leaves_the_old_value() -> None:
+    settings = RerankSettings(model="m", max_length=200, query_max_length=100)
+    with pytest.raises(ValidationError, match="query_max_length=100: longer"):
+        settings.max_length = 10
+    with pytest.raises(ValidationError, match="query_max_length=300: longer"):
+        settings.query_max_length = 300
+    assert (settings.max_length, settings.query_max_length) == (200, 100)
+
+
+def test_paths_are_taken_as_text() -> None:
+    from pathlib import Path
+
+    settings = RerankSettings(model=Path("a/b"), peft_path=Path("c"), cache_dir=Path("d"))  # type: ignore[arg-type]
+    assert (settings.model, settings.peft_path, settings.cache_dir) == ("a/b", "c", "d")

@@ -86,6 +86,10 @@ class Engine:
         """Whether this engine still takes requests, or can say better than a new one why it does not."""
         return not self._closed and self._failure is None
 
+    def serves(self, settings: RerankSettings) -> bool:
+        """Whether this is the engine for these settings."""
+        return self.usable and _key(settings) == _key(self._settings)
+
     @property
     def tokenizer_thread(self) -> ThreadPoolExecutor:
         """A thread that tokenises for callers who must not block."""

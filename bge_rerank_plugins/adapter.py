@@ -1,0 +1,153 @@
+"""What both adapters share: the options of a reranker, a scorer that follows them, and the cut to `top_n`.
+
+Knows nothing of either framework, and nothing of torch.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Sequence
+from typing import Any, Protocol, runtime_checkable
+
+from pydantic import Field, PrivateAttr, ValidationInfo, field_validator
+from typing_extensions import Self
+
+from .ranking import RankedPassage, check_cut, rank_scores
+from .scorer import Scorer
+from .settings import RerankSettings
+from .texts import checked_texts
+
+
+@runtime_checkable
+class SupportsScore(Protocol):
+    """Anything that scores passages: `Scorer`, a client of a rerank server, a scorer of your own.
+
+    An async method `ascore` of the same form is used by the async forms of the adapters; without one, `score` runs in a thread.
+    """
+
+    def score(self, query: str, passages: list[str], /) -> Sequence[float]:
+        """One score per passage, in their order."""
+        ...
+
+
+class ScorerSettings(RerankSettings):
+    """Options of something that scores: those of the reranker, or a scorer in place of them.
+
+    Either `model` or `scorer` must be given. Options may be assigned after use; the next call follows them.
+    """
+
+    # Fields are validated one by one, not the whole at the end, so that an assignment that is refused changes nothing.
+    model: str = Field(default="", description=RerankSettings.model_fields["model"].description)
+    scorer: Any = Field(
+        default=None,
+        exclude=True,
+        repr=False,
+        validate_default=True,
+        description="Object with `score(query, passages)` to use in place of a local model; not serialised.",
+    )
+
+    _own_scorer: Scorer | None = PrivateAttr(default=None)
+
+    @field_validator("model")
+    @classmethod
+    def _model_or_scorer(cls, model: str, info: ValidationInfo) -> str:
+        # At construction the scorer comes later, and is checked then.
+        if not model and "scorer" in info.data and info.data["scorer"] is None:
+            raise ValueError("model='': name a model, or give a scorer")
+        return model
+
+    @field_validator("scorer")
+    @classmethod
+    def _scorer_or_model(cls, scorer: Any, info: ValidationInfo) -> Any:
+        if scorer is None and info.data.get("model") == "":
+            raise ValueError("model='': name a model, or give a scorer")
+        if scorer is not None and (isinstance(scorer, type) or not isinstance(scorer, SupportsScore)):
+            raise ValueError(f"scorer={scorer!r}: expected an object with a method score(query, passages)")
+        return scorer
+
+    @property
+    def model_name(self) -> str:
+        """The model's name, or that of the scorer's class, for traces."""
+        return self.model or type(self.scorer).__name__
+
+    def close(self) -> None:
+        """Gives the model back; the last user of several with equal settings frees its memory. It loads again at next use.
+
+        A `scorer` that was given belongs to who gave it, and stays open.
+        """
+        scorer, self._own_scorer = self._own_scorer, None
+        if scorer is not None:
+            scorer.close()
+
+    def __copy__(self) -> Self:
+        """A copy has a scorer of its own (and shares the loaded model), so that closing one leaves the other open."""
+        copied = super().__copy__()
+        copied._own_scorer = None
+        return copied
+
+    def _active_scorer(self) -> SupportsScore:
+        """The scorer given, or one for the settings as they are now."""
+        if self.scorer is not None:
+            return self.scorer  # type: ignore[no-any-return]
+        scorer = self._own_scorer
+        if scorer is None:
+            self._own_scorer = scorer = Scorer.from_settings(self)
+        elif not scorer.has_settings_of(self):
+            self._own_scorer = scorer = scorer.with_settings(self)
+        return scorer
+
+
+class AdapterSettings(ScorerSettings):
+    """Options of an adapter: those of the reranker, and what to keep of its ranking."""
+
+    top_n: int | None = Field(default=None, description="How many to return; None for all.")
+    score_threshold: float | None = Field(
+        default=None, description="Leave out what scores less; applied before `top_n`."
+    )
+
+    @field_validator("top_n", mode="before")
+    @classmethod
+    def _top_n_is_count(cls, top_n: Any) -> Any:
+        check_cut(top_n, None)
+        return top_n
+
+    @field_validator("score_threshold", mode="before")
+    @classmethod
+    def _threshold_is_number(cls, score_threshold: Any) -> Any:
+        check_cut(None, score_threshold)
+        return score_threshold
+
+    def _rank(self, query: str, passages: list[str], top_n: int | None) -> list[RankedPassage]:
+        check_cut(top_n, self.score_threshold)
+        texts = checked_texts(query, passages)
+        if not texts or top_n == 0:
+            return []
+        scores = self._active_scorer().score(query, texts)
+        return rank_scores(checked_scores(scores, texts), top_n, self.score_threshold)
+
+    async def _arank(self, query: str, passages: list[str], top_n: int | None) -> list[RankedPassage]:
+        check_cut(top_n, self.score_threshold)
+        texts = checked_texts(query, passages)
+        if not texts or top_n == 0:
+            return []
+        scorer = self._active_scorer()
+        if hasattr(scorer, "ascore"):
+            scores = await scorer.ascore(query, texts)
+        else:
+            scores = await asyncio.to_thread(scorer.score, query, texts)
+        return rank_scores(checked_scores(scores, texts), top_n, self.score_threshold)
+
+
+def checked_scores(scores: Sequence[float], passages: Sequence[object]) -> list[float]:
+    """Scores as Python floats. A scorer that is not ours may return anything."""
+    try:
+        checked = [float(score) for score in scores]
+    except TypeError as error:
+        raise ValueError(f"the scorer returned {scores!r:.80}: expected a list of numbers") from error
+    if len(checked) != len(passages):
+        raise ValueError(f"the scorer returned {len(checked)} scores for {len(passages)} passages")
+    for index, score in enumerate(checked):
+        if not math.isfinite(score):
+            raise ValueError(f"the scorer's score of passage {index} is {score}")
+    return checked

@@ -1,0 +1,238 @@
+"""BGE rerankers as LangChain components: a document compressor, and a cross-encoder for `CrossEncoderReranker`.
+
+Takes the text out of documents, asks the scorer, writes scores into copies. Knows nothing of torch or of models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import EllipsisType
+from typing import TYPE_CHECKING, Any
+
+from pydantic import Field
+
+from .adapter import AdapterSettings, ScorerSettings, checked_scores
+from .texts import requests_of_pairs
+
+try:
+    from langchain_core.callbacks import AsyncCallbackManager, CallbackManager, Callbacks
+    from langchain_core.cross_encoders import BaseCrossEncoder
+    from langchain_core.documents import BaseDocumentCompressor, Document
+    from langchain_core.runnables.config import ensure_config
+except ImportError as error:
+    raise ImportError(
+        f'the LangChain adapter needs langchain-core ({error}): pip install "bge-rerank-plugins[langchain]"'
+    ) from error
+
+if TYPE_CHECKING:
+    from .ranking import RankedPassage
+
+__all__ = ["BGECrossEncoder", "BGERerank"]
+
+
+class BGERerank(AdapterSettings, BaseDocumentCompressor):
+    """Reranks documents with a BGE reranker, best first, inside any LangChain retriever or chain.
+
+    All options of `RerankSettings` are fields of this class. The model is loaded at first use, once per process for all
+    adapters with equal settings; safe to call from any number of threads and tasks.
+
+    Args:
+        model: Hub id or local directory of a BGE reranker.
+        scorer: Object with `score(query, passages)` to use in place of `model`.
+        top_n: How many documents to return; None for all.
+        score_threshold: Leave out documents that score less; applied before `top_n`.
+        relevance_score_key: Metadata key that the score is written to.
+
+    Raises:
+        pydantic.ValidationError: A `ValueError` that names the option, the value and what is allowed.
+
+    Examples:
+        >>> from langchain_classic.retrievers import ContextualCompressionRetriever  # doctest: +SKIP
+        >>> reranker = BGERerank(model="BAAI/bge-reranker-v2-m3", top_n=3)  # doctest: +SKIP
+        >>> retriever = ContextualCompressionRetriever(
+        ...     base_compressor=reranker, base_retriever=store.as_retriever(search_kwargs={"k": 50})
+        ... )  # doctest: +SKIP
+        >>> retriever.invoke("what is panda?")[0].metadata["relevance_score"]  # doctest: +SKIP
+        5.26171875
+    """
+
+    top_n: int | None = Field(default=3, description="How many documents to return; None for all.")
+    relevance_score_key: str = Field(
+        default="relevance_score", min_length=1, description="Metadata key that the score is written to."
+    )
+
+    def compress_documents(
+        self, documents: Sequence[Document], query: str, callbacks: Callbacks | None = None
+    ) -> list[Document]:
+        """Reranks documents.
+
+        Args:
+            documents: The documents to rerank; they are not modified.
+            query: The question.
+            callbacks: Where to report the run. By default those of the chain that this is called in.
+
+        Returns:
+            Copies of the best documents, best first, equal scores in the order of the input. Ids, metadata and classes are
+            kept; the score is in the metadata, as a Python float.
+
+        Raises:
+            ValueError: The query is not a string, something is not a `Document`, or the model cannot be loaded.
+
+        Examples:
+            >>> reranker.compress_documents([Document("hi"), Document("Pandas eat bamboo.")], "pandas")  # doctest: +SKIP
+            [Document(metadata={'relevance_score': 3.1}, page_content='Pandas eat bamboo.'), ...]
+        """
+        manager = CallbackManager.configure(inheritable_callbacks=_ambient(callbacks))
+        run = manager.on_chain_start(None, _inputs(documents, query), name=type(self).__name__)
+        try:
+            ranked = self._rank(query, _texts(documents, Document), self.top_n)
+            compressed = self._copies(documents, ranked)
+        except BaseException as error:
+            run.on_chain_error(error)
+            raise
+        run.on_chain_end({"documents": compressed})
+        return compressed
+
+    async def acompress_documents(
+        self, documents: Sequence[Document], query: str, callbacks: Callbacks | None = None
+    ) -> list[Document]:
+        """`compress_documents` without blocking the event loop.
+
+        Args:
+            documents: The documents to rerank; they are not modified.
+            query: The question.
+            callbacks: Where to report the run. By default those of the chain that this is called in.
+
+        Returns:
+            Copies of the best documents, best first, with their scores in the metadata.
+
+        Raises:
+            ValueError: The query is not a string, something is not a `Document`, or the model cannot be loaded.
+        """
+        manager = AsyncCallbackManager.configure(inheritable_callbacks=_ambient(callbacks))
+        run = await manager.on_chain_start(None, _inputs(documents, query), name=type(self).__name__)
+        try:
+            ranked = await self._arank(query, _texts(documents, Document), self.top_n)
+            compressed = self._copies(documents, ranked)
+        except BaseException as error:  # a cancelled task, too, must not leave its run open
+            await run.on_chain_error(error)
+            raise
+        await run.on_chain_end({"documents": compressed})
+        return compressed
+
+    def rerank(
+        self, documents: Sequence[Document | str], query: str, *, top_n: int | EllipsisType | None = ...
+    ) -> list[dict[str, Any]]:
+        """Ranks documents or strings and returns positions and scores, in the form of `CohereRerank.rerank`.
+
+        Args:
+            documents: The documents or strings to rank.
+            query: The question.
+            top_n: How many to return; None for all. By default the field `top_n`.
+
+        Returns:
+            `{"index": position in documents, "relevance_score": score}` for each, best first.
+
+        Raises:
+            ValueError: `top_n` is negative, the query is not a string, or something is neither document nor string.
+
+        Examples:
+            >>> reranker.rerank(["hi", "Pandas eat bamboo."], "what do pandas eat?", top_n=1)  # doctest: +SKIP
+            [{'index': 1, 'relevance_score': 3.1}]
+        """
+        return _results(self._rank(query, _texts(documents, (Document, str)), self._top_n_or(top_n)))
+
+    async def arerank(
+        self, documents: Sequence[Document | str], query: str, *, top_n: int | EllipsisType | None = ...
+    ) -> list[dict[str, Any]]:
+        """`rerank` without blocking the event loop.
+
+        Args:
+            documents: The documents or strings to rank.
+            query: The question.
+            top_n: How many to return; None for all. By default the field `top_n`.
+
+        Returns:
+            `{"index": position in documents, "relevance_score": score}` for each, best first.
+
+        Raises:
+            ValueError: `top_n` is negative, the query is not a string, or something is neither document nor string.
+        """
+        return _results(await self._arank(query, _texts(documents, (Document, str)), self._top_n_or(top_n)))
+
+    def _top_n_or(self, top_n: int | EllipsisType | None) -> int | None:
+        return self.top_n if isinstance(top_n, EllipsisType) else top_n
+
+    def _copies(self, documents: Sequence[Document], ranked: Sequence[RankedPassage]) -> list[Document]:
+        # A copy, not a new Document, which would lose the id and the class.
+        return [
+            documents[index].model_copy(
+                update={"metadata": {**documents[index].metadata, self.relevance_score_key: score}}
+            )
+            for index, score in ranked
+        ]
+
+
+class BGECrossEncoder(ScorerSettings, BaseCrossEncoder):
+    """A BGE reranker as a LangChain cross-encoder, for `CrossEncoderReranker` and whatever else takes one.
+
+    All options of `RerankSettings` are fields of this class.
+
+    Args:
+        model: Hub id or local directory of a BGE reranker.
+        scorer: Object with `score(query, passages)` to use in place of `model`.
+
+    Raises:
+        pydantic.ValidationError: A `ValueError` that names the option, the value and what is allowed.
+
+    Examples:
+        >>> from langchain_classic.retrievers.document_compressors import CrossEncoderReranker  # doctest: +SKIP
+        >>> reranker = CrossEncoderReranker(
+        ...     model=BGECrossEncoder(model="BAAI/bge-reranker-v2-m3"), top_n=3
+        ... )  # doctest: +SKIP
+    """
+
+    def score(self, text_pairs: list[tuple[str, str]]) -> list[float]:
+        """Scores (query, passage) pairs.
+
+        Args:
+            text_pairs: The pairs to score.
+
+        Returns:
+            One score per pair, in their order, as Python floats.
+
+        Raises:
+            ValueError: A pair is not two strings, or the model cannot be loaded.
+
+        Examples:
+            >>> BGECrossEncoder(model="BAAI/bge-reranker-v2-m3").score([("what is panda?", "hi")])  # doctest: +SKIP
+            [-8.1875]
+        """
+        requests = requests_of_pairs(text_pairs)
+        scorer = self._active_scorer()
+        if hasattr(scorer, "score_pairs"):
+            return checked_scores(scorer.score_pairs(text_pairs), text_pairs)
+        scores = [score for query, passages in requests for score in scorer.score(query, passages)]
+        return checked_scores(scores, text_pairs)
+
+
+def _ambient(callbacks: Callbacks) -> Callbacks:
+    """Callbacks given, or those of the chain around, so that the run nests there in either case."""
+    return ensure_config().get("callbacks") if callbacks is None else callbacks
+
+
+def _inputs(documents: Sequence[Document], query: str) -> dict[str, Any]:
+    return {"query": query, "documents": documents}
+
+
+def _texts(documents: Sequence[Document | str], accepted: type | tuple[type, ...]) -> list[str]:
+    if isinstance(documents, (str, Document)):  # both are iterable, and neither is meant to be
+        raise ValueError(f"documents={documents!r:.80}: expected a list")
+    for index, document in enumerate(documents):
+        if not isinstance(document, accepted):
+            raise ValueError(f"documents[{index}]={document!r:.80}: expected a Document, got {type(document).__name__}")
+    return [document if isinstance(document, str) else document.page_content for document in documents]
+
+
+def _results(ranked: Sequence[RankedPassage]) -> list[dict[str, Any]]:
+    return [{"index": index, "relevance_score": score} for index, score in ranked]

@@ -1,0 +1,151 @@
+"""BGE rerankers as a LlamaIndex node postprocessor.
+
+Takes the text out of nodes, asks the scorer, returns new `NodeWithScore` objects. Knows nothing of torch or of models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel, Field, field_validator
+
+from .adapter import AdapterSettings
+
+try:
+    from llama_index.core.callbacks import CallbackManager, CBEventType, EventPayload
+    from llama_index.core.instrumentation import get_dispatcher  # type: ignore[attr-defined]
+    from llama_index.core.instrumentation.events.rerank import ReRankEndEvent, ReRankStartEvent
+    from llama_index.core.postprocessor.types import BaseNodePostprocessor
+    from llama_index.core.schema import MetadataMode, NodeWithScore, QueryBundle
+except ImportError as error:
+    raise ImportError(
+        f'the LlamaIndex adapter needs llama-index-core ({error}): pip install "bge-rerank-plugins[llama-index]"'
+    ) from error
+
+if TYPE_CHECKING:
+    from .ranking import RankedPassage
+
+__all__ = ["BGERerank"]
+
+RETRIEVAL_SCORE = "retrieval_score"
+
+dispatcher = get_dispatcher(__name__)
+
+
+class BGERerank(AdapterSettings, BaseNodePostprocessor):
+    """Reranks nodes with a BGE reranker, best first, inside any LlamaIndex query engine.
+
+    All options of `RerankSettings` are fields of this class. The model is loaded at first use, once per process for all
+    adapters with equal settings; safe to call from any number of threads and tasks. The nodes that come in are never
+    modified. A node without text (an image, say) is scored as an empty passage, or as its metadata where `metadata_mode`
+    includes some.
+
+    Args:
+        model: Hub id or local directory of a BGE reranker.
+        scorer: Object with `score(query, passages)` to use in place of `model`; not serialised.
+        top_n: How many nodes to return; None for all.
+        score_threshold: Leave out nodes that score less; applied before `top_n`.
+        keep_retrieval_score: Put the score that a node came with into its metadata, as "retrieval_score". That key is hidden
+            from the embedding model and the LLM. Metadata are part of LlamaIndex's `hash` of a text node, which so changes.
+        metadata_mode: Which metadata are scored along with a node's text.
+        callback_manager: Where events are reported.
+
+    Raises:
+        pydantic.ValidationError: A `ValueError` that names the option, the value and what is allowed.
+
+    Examples:
+        >>> reranker = BGERerank(model="BAAI/bge-reranker-v2-m3", top_n=2)  # doctest: +SKIP
+        >>> engine = index.as_query_engine(similarity_top_k=50, node_postprocessors=[reranker])  # doctest: +SKIP
+        >>> engine.query("what is panda?").source_nodes[0].score  # doctest: +SKIP
+        5.26171875
+    """
+
+    top_n: int | None = Field(default=2, description="How many nodes to return; None for all.")
+    keep_retrieval_score: bool = Field(
+        default=False, description="Put the score that a node came with into its metadata, as 'retrieval_score'."
+    )
+    metadata_mode: MetadataMode = Field(
+        default=MetadataMode.EMBED, description="Which metadata are scored along with a node's text."
+    )
+
+    @field_validator("callback_manager", mode="before")
+    @classmethod
+    def _callback_manager_or_default(cls, callback_manager: CallbackManager | None) -> CallbackManager:
+        return CallbackManager() if callback_manager is None else callback_manager
+
+    @classmethod
+    def class_name(cls) -> str:
+        """Name of this class in serialised form."""
+        return "BGERerank"
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Settings travel; the loaded model and the callback manager stay where they are."""
+        # Not LlamaIndex's own, which removes what cannot be pickled from the living object, and the scorer along with it.
+        state = BaseModel.__getstate__(self)
+        fields = {name: value for name, value in state["__dict__"].items() if name != "callback_manager"}
+        return {**state, "__dict__": fields, "__pydantic_private__": None}
+
+    def _postprocess_nodes(
+        self, nodes: list[NodeWithScore], query_bundle: QueryBundle | None = None
+    ) -> list[NodeWithScore]:
+        with self._reported(nodes, query_bundle) as returned:
+            returned += self._copies(nodes, self._rank(_query(query_bundle), self._texts(nodes), self.top_n))
+        return returned
+
+    @dispatcher.span
+    async def _apostprocess_nodes(
+        self, nodes: list[NodeWithScore], query_bundle: QueryBundle | None = None
+    ) -> list[NodeWithScore]:
+        with self._reported(nodes, query_bundle) as returned:
+            returned += self._copies(nodes, await self._arank(_query(query_bundle), self._texts(nodes), self.top_n))
+        return returned
+
+    @contextmanager
+    def _reported(self, nodes: list[NodeWithScore], query_bundle: QueryBundle | None) -> Iterator[list[NodeWithScore]]:
+        """Reports start and end, whatever happens between them; the list given is to be filled with what is returned."""
+        top_n = len(nodes) if self.top_n is None else self.top_n
+        returned: list[NodeWithScore] = []
+        dispatcher.event(ReRankStartEvent(query=query_bundle, nodes=nodes, top_n=top_n, model_name=self.model_name))
+        try:
+            with self.callback_manager.event(
+                CBEventType.RERANKING,
+                payload={
+                    EventPayload.NODES: nodes,
+                    EventPayload.MODEL_NAME: self.model_name,
+                    EventPayload.QUERY_STR: query_bundle.query_str if query_bundle is not None else None,
+                    EventPayload.TOP_K: top_n,
+                },
+            ) as event:
+                yield returned
+                event.on_end(payload={EventPayload.NODES: returned})
+        finally:
+            dispatcher.event(ReRankEndEvent(nodes=returned))
+
+    def _texts(self, nodes: Sequence[NodeWithScore]) -> list[str]:
+        return [node.node.get_content(metadata_mode=self.metadata_mode) or "" for node in nodes]
+
+    def _copies(self, nodes: Sequence[NodeWithScore], ranked: Sequence[RankedPassage]) -> list[NodeWithScore]:
+        return [
+            (_with_retrieval_score(nodes[index]) if self.keep_retrieval_score else nodes[index]).model_copy(
+                update={"score": score}
+            )
+            for index, score in ranked
+        ]
+
+
+def _query(query_bundle: QueryBundle | None) -> str:
+    if query_bundle is None:
+        raise ValueError("query_bundle=None: reranking needs a query; give query_bundle or query_str")
+    return query_bundle.query_str
+
+
+def _with_retrieval_score(node: NodeWithScore) -> NodeWithScore:
+    """The same on a copied node, so that neither the caller's node nor the texts made of this one change."""
+    inner = node.node
+    update: dict[str, Any] = {"metadata": {**inner.metadata, RETRIEVAL_SCORE: node.score}}
+    for field in ("excluded_embed_metadata_keys", "excluded_llm_metadata_keys"):
+        keys = getattr(inner, field)
+        update[field] = keys if RETRIEVAL_SCORE in keys else [*keys, RETRIEVAL_SCORE]
+    return node.model_copy(update={"node": inner.model_copy(update=update)})

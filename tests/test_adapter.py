@@ -1,0 +1,297 @@
+import copy
+import itertools
+import math
+import pickle
+import threading
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from langchain_core.documents import Document
+from llama_index.core.schema import NodeWithScore, TextNode
+
+from bge_rerank_plugins import Scorer, langchain, llama_index
+from bge_rerank_plugins.adapter import AdapterSettings
+
+MODEL = str(Path(__file__).parent / "data" / "encoder")
+PASSAGES = ["hi", "Pandas eat bamboo.", "The giant panda is a bear.", "datetime.strptime parses a string."]
+QUERY = "what is panda?"
+
+ADAPTERS = pytest.mark.parametrize("adapter", [langchain.BGERerank, llama_index.BGERerank], ids=["langchain", "llama"])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def reference():
+    """A scorer that keeps the model loaded while these tests run."""
+    with Scorer(MODEL) as scorer:
+        scorer.warmup()
+        yield scorer
+
+
+class NumberScorer:
+    """The passages are numbers, and are their own scores."""
+
+    def score(self, query, passages):
+        return [float(passage) for passage in passages]
+
+
+class Returning:
+    """A scorer that returns what it is told to."""
+
+    def __init__(self, scores):
+        self.scores = scores
+
+    def score(self, query, passages):
+        return self.scores
+
+
+def reranked(adapter, passages, query=QUERY):
+    """Index and score of what an adapter of either framework returns."""
+    if isinstance(adapter, langchain.BGERerank):
+        documents = [Document(text, metadata={"index": i}) for i, text in enumerate(passages)]
+        found = adapter.compress_documents(documents, query)
+        return [(document.metadata["index"], document.metadata["relevance_score"]) for document in found]
+    nodes = [NodeWithScore(node=TextNode(text=text, id_=str(i)), score=0.5) for i, text in enumerate(passages)]
+    return [(int(node.node_id), node.score) for node in adapter.postprocess_nodes(nodes, query_str=query)]
+
+
+def scores_in_order(adapter, query=QUERY):
+    return [score for _, score in sorted(reranked(adapter, PASSAGES, query))]
+
+
+def workers():
+    """The engines' worker threads: one for each model that is loaded."""
+    return {thread for thread in threading.enumerate() if thread.name == "bge-rerank-device"}
+
+
+@ADAPTERS
+@given(
+    scores=st.lists(st.sampled_from([-3.5, -1.0, 0.0, 0.25, 2.0]) | st.floats(-1e6, 1e6), max_size=12),
+    top_n=st.none() | st.integers(0, 14),
+    threshold=st.none() | st.sampled_from([-1.0, 0.0, 2.0]),
+)
+def test_ranking_is_the_input_reordered_and_cut_by_threshold_then_top_n(adapter, scores, top_n, threshold):
+    ranked = reranked(
+        adapter(scorer=NumberScorer(), top_n=top_n, score_threshold=threshold), [repr(score) for score in scores]
+    )
+    indices = [index for index, _ in ranked]
+    assert [scores[index] for index in indices] == [score for _, score in ranked], "each keeps its own score"
+    assert len(set(indices)) == len(indices), "none twice"
+    assert all(a > b or (a == b and i < j) for (i, a), (j, b) in itertools.pairwise(ranked)), "ties stable"
+    passing = [i for i, score in enumerate(scores) if threshold is None or score >= threshold]
+    assert len(indices) == min(len(passing), len(passing) if top_n is None else top_n)
+    assert set(indices) <= set(passing)
+    left_out = [scores[i] for i in passing if i not in indices]
+    assert not ranked or not left_out or max(left_out) <= ranked[-1][1], "nothing better was left out"
+
+
+@ADAPTERS
+def test_scores_are_the_scorers(adapter, reference):
+    assert scores_in_order(adapter(model=MODEL, top_n=None)) == pytest.approx(
+        reference.score(QUERY, PASSAGES), abs=1e-5
+    )
+
+
+@ADAPTERS
+def test_a_sooner_threshold_leaves_room_for_what_passes_it(adapter):
+    assert reranked(adapter(scorer=NumberScorer(), top_n=2, score_threshold=1), ["0", "3", "1", "2"]) == [
+        (1, 3),
+        (3, 2),
+    ]
+
+
+@ADAPTERS
+@pytest.mark.parametrize("top_n", [-1, True, 2.5, "3"])
+def test_impossible_top_n_is_refused_at_construction_and_assignment(adapter, top_n):
+    """Validating the whole after an assignment left the refused value in place, and every later assignment failed."""
+    with pytest.raises(ValueError, match=f"top_n={top_n!r}"):
+        adapter(model=MODEL, top_n=top_n)
+    reranker = adapter(model=MODEL, top_n=1)
+    with pytest.raises(ValueError, match=f"top_n={top_n!r}"):
+        reranker.top_n = top_n
+    assert reranker.top_n == 1
+    reranker.normalize = True
+
+
+@ADAPTERS
+@pytest.mark.parametrize("threshold", [math.nan, True, "high"])
+def test_impossible_threshold_is_refused_at_construction_and_assignment(adapter, threshold):
+    with pytest.raises(ValueError, match=f"score_threshold={threshold!r}"):
+        adapter(model=MODEL, score_threshold=threshold)
+    reranker = adapter(model=MODEL, score_threshold=0.5)
+    with pytest.raises(ValueError, match=f"score_threshold={threshold!r}"):
+        reranker.score_threshold = threshold
+    assert reranker.score_threshold == 0.5
+
+
+@ADAPTERS
+def test_a_top_n_that_came_past_validation_is_refused_at_the_call(adapter):
+    reranker = adapter(model=MODEL).model_copy(update={"top_n": -2})
+    with pytest.raises(ValueError, match="top_n=-2"):
+        reranked(reranker, PASSAGES)
+
+
+@ADAPTERS
+def test_unknown_options_are_refused(adapter):
+    with pytest.raises(ValueError, match="topn"):
+        adapter(model=MODEL, topn=3)
+
+
+@ADAPTERS
+def test_model_or_scorer_is_required(adapter):
+    with pytest.raises(ValueError, match="name a model, or give a scorer"):
+        adapter()
+    with pytest.raises(ValueError, match="name a model, or give a scorer"):
+        adapter(model="")
+    by_model, by_scorer = adapter(model=MODEL), adapter(scorer=NumberScorer())
+    with pytest.raises(ValueError, match="name a model, or give a scorer"):
+        by_model.model = ""
+    with pytest.raises(ValueError, match="name a model, or give a scorer"):
+        by_scorer.scorer = None
+    assert by_model.model == MODEL
+    assert isinstance(by_scorer.scorer, NumberScorer)
+
+
+@ADAPTERS
+@pytest.mark.parametrize("scorer", ["a name", object(), NumberScorer])
+def test_a_scorer_that_cannot_score_is_refused(adapter, scorer):
+    with pytest.raises(ValueError, match=r"expected an object with a method score\(query, passages\)"):
+        adapter(scorer=scorer)
+
+
+@ADAPTERS
+@pytest.mark.parametrize(
+    ("scores", "message"),
+    [
+        ([1.0], "1 scores for 4 passages"),
+        ([1.0, math.nan, 2.0, 3.0], "score of passage 1 is nan"),
+        ([1.0, 2.0, math.inf, 3.0], "score of passage 2 is inf"),
+        (None, "returned None: expected a list of numbers"),
+    ],
+)
+def test_wrong_scores_of_a_foreign_scorer_are_an_error(adapter, scores, message):
+    """Fewer scores than passages would silently lose passages; NaN sorts anywhere."""
+    with pytest.raises(ValueError, match=message):
+        reranked(adapter(scorer=Returning(scores)), PASSAGES)
+
+
+@ADAPTERS
+@pytest.mark.parametrize("query", [None, 3, b"panda"])
+@pytest.mark.parametrize("passages", [PASSAGES, []], ids=["passages", "empty"])
+def test_a_query_that_is_not_a_string_is_an_error_even_with_nothing_to_rank(adapter, query, passages):
+    reranker = adapter(scorer=NumberScorer())
+    with pytest.raises(ValueError, match="query"):
+        reranked(reranker, passages, query)
+
+
+@ADAPTERS
+@pytest.mark.parametrize("options", [{"model": "no/such-model"}, {"scorer": Returning(None)}], ids=["model", "scorer"])
+def test_nothing_to_return_needs_no_scoring(adapter, options):
+    assert reranked(adapter(**options), []) == []
+    assert reranked(adapter(**options, top_n=0), PASSAGES) == []
+
+
+@ADAPTERS
+def test_settings_assigned_after_use_take_effect(adapter, reference):
+    reranker = adapter(model=MODEL, top_n=None)
+    raw = scores_in_order(reranker)
+    reranker.normalize = True
+    assert scores_in_order(reranker) == pytest.approx([1 / (1 + math.exp(-score)) for score in raw], abs=1e-6)
+    reranker.scorer = Returning([1, 2, 3, 4])
+    assert scores_in_order(reranker) == [1, 2, 3, 4]
+    reranker.scorer, reranker.normalize = None, False
+    assert scores_in_order(reranker) == pytest.approx(raw, abs=1e-6)
+    reranker.query_instruction = "Represent this sentence: "
+    instructed = reference.score("Represent this sentence: " + QUERY, PASSAGES)
+    assert scores_in_order(reranker) == pytest.approx(instructed, abs=1e-5)
+    assert max(abs(a - b) for a, b in zip(raw, instructed, strict=True)) > 1e-3
+
+
+@ADAPTERS
+def test_the_model_is_loaded_once_for_all_calls(adapter):
+    before = workers()
+    reranker = adapter(model=MODEL, max_length=55)
+    reranked(reranker, PASSAGES)
+    loaded = workers() - before
+    reranked(reranker, PASSAGES, "another query")
+    assert workers() - before == loaded
+    assert len(loaded) == 1
+    reranker.close()
+
+
+def test_adapters_with_equal_settings_share_one_loaded_model_until_the_last_is_closed():
+    before = workers()
+    options = {"model": MODEL, "max_length": 77}
+    first, second = langchain.BGERerank(**options, top_n=4), llama_index.BGERerank(**options, top_n=4)
+    scores = scores_in_order(first)
+    assert scores_in_order(second) == scores
+    assert len(workers() - before) == 1
+    first.close()
+    first.close()
+    assert scores_in_order(second) == scores
+    second.close()
+    assert not workers() - before
+    assert scores_in_order(first) == scores, "a closed adapter loads again"
+    first.close()
+
+
+@ADAPTERS
+def test_closing_leaves_a_given_scorer_open(adapter):
+    with Scorer(MODEL) as scorer:
+        reranker = adapter(scorer=scorer)
+        reranked(reranker, PASSAGES)
+        reranker.close()
+        assert reranked(reranker, PASSAGES)
+
+
+@ADAPTERS
+def test_closing_a_copy_leaves_the_original_open(adapter):
+    """pydantic's shallow copy shares private attributes: closing the copy closed the original's scorer."""
+    reranker = adapter(model=MODEL, top_n=None)
+    scores = scores_in_order(reranker)
+    for copied in (copy.copy(reranker), reranker.model_copy(update={"top_n": 4}), copy.deepcopy(reranker)):
+        assert scores_in_order(copied) == scores
+        copied.close()
+        assert scores_in_order(reranker) == scores
+
+
+@ADAPTERS
+def test_token_and_scorer_are_neither_printed_nor_dumped(adapter):
+    reranker = adapter(model=MODEL, token="hf_secret", scorer=NumberScorer())
+    for shown in (repr(reranker), str(reranker), str(reranker.model_dump()), reranker.model_dump_json()):
+        assert "hf_secret" not in shown
+        assert "NumberScorer" not in shown
+
+
+@ADAPTERS
+def test_a_pickle_after_use_carries_settings_and_no_weights(adapter):
+    reranker = adapter(model=MODEL, top_n=4, max_length=64)
+    scores = scores_in_order(reranker)
+    data = pickle.dumps(reranker)
+    assert len(data) < 10_000
+    loaded = pickle.loads(data)
+    assert loaded.model_dump() == reranker.model_dump()
+    assert scores_in_order(loaded) == scores
+
+
+@ADAPTERS
+def test_threads_may_share_an_adapter(adapter, reference):
+    reranker, results = adapter(model=MODEL, top_n=None), {}
+
+    def rerank(query):
+        results[query] = scores_in_order(reranker, query=query)
+
+    threads = [threading.Thread(target=rerank, args=(f"{QUERY} {i}",)) for i in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(results) == 6
+    for query, scores in results.items():
+        assert scores == pytest.approx(reference.score(query, PASSAGES), abs=1e-5)
+
+
+def test_model_name_names_the_model_or_the_scorer():
+    assert AdapterSettings(model="a/b").model_name == "a/b"
+    assert AdapterSettings(scorer=NumberScorer()).model_name == "NumberScorer"
