@@ -6,17 +6,18 @@ Knows nothing of documents, nodes or files, and imports torch only when the firs
 from __future__ import annotations
 
 import asyncio
+import logging
+import math
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Literal
 
+from .call import ENCODE_AT_ONCE, Call, chunks_of, progress_bar
 from .ranking import RankedPassage, check_cut, rank_scores, sigmoid
 from .settings import Dtype, RerankSettings
-from .texts import checked_texts, requests_of_pairs
+from .texts import checked_requests, checked_texts, requests_of_pairs, stream_of_requests
 
 if TYPE_CHECKING:
-    from concurrent.futures import Future
     from types import TracebackType
 
     from typing_extensions import Self
@@ -24,8 +25,19 @@ if TYPE_CHECKING:
     from .core.engine import Engine
     from .core.families import Family
 
-ENCODE_AT_ONCE = 32
-"""Passages that are tokenised before the device gets them, so that it starts while the rest is tokenised."""
+logger = logging.getLogger("bge_rerank_plugins")
+
+STATS = (
+    "requests",
+    "pairs",
+    "tokens",
+    "packs",
+    "mean_fill",
+    "out_of_memory",
+    "truncated",
+    "queued_tokens",
+    "device_seconds",
+)
 
 
 class Scorer:
@@ -51,6 +63,7 @@ class Scorer:
     _engine: Engine | None
     _finalizer: Any
     _closed: bool
+    _warned: bool
 
     def __init__(
         self,
@@ -65,7 +78,10 @@ class Scorer:
         query_instruction: str | None = None,
         passage_instruction: str | None = None,
         normalize: bool = False,
+        long_passages: Literal["truncate", "split"] = "truncate",
         max_batch_tokens: int | None = None,
+        max_queued_tokens: int | None = None,
+        when_full: Literal["wait", "error"] = "wait",
         peft_path: str | None = None,
         revision: str | None = None,
         cache_dir: str | None = None,
@@ -84,7 +100,10 @@ class Scorer:
             query_instruction=query_instruction,
             passage_instruction=passage_instruction,
             normalize=normalize,
+            long_passages=long_passages,
             max_batch_tokens=max_batch_tokens,
+            max_queued_tokens=max_queued_tokens,
+            when_full=when_full,
             peft_path=peft_path,
             revision=revision,
             cache_dir=cache_dir,
@@ -194,18 +213,62 @@ class Scorer:
         texts = checked_texts(query, passages)
         if not texts:
             return []
-        engine, family = await self._aloaded()
-        loop = asyncio.get_running_loop()
-        submitted: list[asyncio.Future[list[float]]] = []
-        try:
-            for chunk in _chunks(texts):
-                sequences = await loop.run_in_executor(engine.tokenizer_thread, family.encode, query, chunk)
-                submitted.append(asyncio.wrap_future(engine.submit(sequences)))
-            with _progress(len(texts), self._settings.show_progress) as advance:
-                return self._normalized([score for future in submitted for score in advance(await future)])
-        finally:
-            for future in submitted:
-                future.cancel()
+        with progress_bar(len(texts), self._settings.show_progress) as advance:
+            chunks = self._ascored_chunks([(query, texts)], len(texts))
+            return self._normalized([score async for chunk in chunks for score in advance(chunk)])
+
+    def score_batch(self, requests: Iterable[tuple[str, Sequence[str]]]) -> list[list[float]]:
+        """Scores several queries, each with its passages, at once; their pairs share packs.
+
+        Args:
+            requests: (query, passages) of each.
+
+        Returns:
+            For each request one score per passage, in their order.
+
+        Raises:
+            ValueError: As `score`, naming the request by its place.
+        """
+        checked = checked_requests(requests)
+        if not any(passages for _, passages in checked):
+            return [[] for _ in checked]
+        return [self._normalized(scores) for scores in self._raw_scores(checked)]
+
+    async def ascore_batch(self, requests: Iterable[tuple[str, Sequence[str]]]) -> list[list[float]]:
+        """`score_batch` without blocking the event loop."""
+        checked = checked_requests(requests)
+        pairs = sum(len(passages) for _, passages in checked)
+        if not pairs:
+            return [[] for _ in checked]
+        with progress_bar(pairs, self._settings.show_progress) as advance:
+            chunks = self._ascored_chunks(checked, pairs)
+            scores = iter(self._normalized([score async for chunk in chunks for score in advance(chunk)]))
+        return [[next(scores) for _ in passages] for _, passages in checked]
+
+    def score_stream(self, pairs: Iterable[tuple[str, str]]) -> Iterator[float]:
+        """Scores any number of (query, passage) pairs in bounded memory.
+
+        Pairs are drawn from the iterator, and tokenised, some thousands ahead of the scores that are yielded. Scores of the
+        pairs before one that is refused are yielded before the error is raised.
+
+        Args:
+            pairs: The pairs; those that follow each other with the same query are scored together.
+
+        Yields:
+            One score per pair, in their order.
+        """
+        refused: list[ValueError] = []
+
+        def requests() -> Iterator[tuple[str, Sequence[str]]]:
+            try:
+                yield from stream_of_requests(pairs, ENCODE_AT_ONCE)
+            except ValueError as error:
+                refused.append(error)
+
+        for chunk in self._scored_chunks(requests(), math.inf):
+            yield from self._normalized(chunk)
+        if refused:
+            raise refused[0]
 
     async def arank(
         self,
@@ -217,6 +280,21 @@ class Scorer:
         """`rank` without blocking the event loop."""
         check_cut(top_n, score_threshold)
         return rank_scores(await self.ascore(query, passages), top_n, score_threshold)
+
+    def stats(self) -> dict[str, float]:
+        """Counters of the engine behind this scorer, which others with equal settings share; all 0 before the first use.
+
+        Returns:
+            requests (calls), pairs, tokens, packs, mean_fill (of the token budget), out_of_memory (packs tried again),
+            truncated (passages cut), queued_tokens (waiting now), device_seconds.
+        """
+        engine = self._engine
+        if engine is None:
+            return dict.fromkeys(STATS, 0)
+        stats = engine.stats()
+        return {
+            name: stats.fill / max(1, stats.packs) if name == "mean_fill" else getattr(stats, name) for name in STATS
+        }
 
     def warmup(self) -> None:
         """Loads the model and scores one pair, so that the first request does not wait for it."""
@@ -258,6 +336,7 @@ class Scorer:
         self._engine = None
         self._finalizer = None
         self._closed = False
+        self._warned = False
 
     def _acquired(self) -> Engine:
         """The engine, started at first use."""
@@ -319,41 +398,67 @@ class Scorer:
     def _raw_scores(
         self, requests: Sequence[tuple[str, Sequence[str]]], cutoff_layers: tuple[int, ...] = ()
     ) -> list[list[Any]]:
-        """Raw scores of each request's passages; tokenising runs ahead of the device."""
+        """Raw scores of each request's passages."""
+        pairs = sum(len(passages) for _, passages in requests)
+        with progress_bar(pairs, self._settings.show_progress) as advance:
+            chunks = self._scored_chunks(requests, pairs, cutoff_layers)
+            scores = iter([score for chunk in chunks for score in advance(chunk)])
+        return [[next(scores) for _ in passages] for _, passages in requests]
+
+    def _scored_chunks(
+        self, requests: Iterable[tuple[str, Sequence[str]]], pairs: float, cutoff_layers: tuple[int, ...] = ()
+    ) -> Iterator[list[Any]]:
+        """Raw scores chunk by chunk, in order. Tokenising runs ahead of the device, by a bounded number of pairs."""
         engine, family = self._loaded()
-        submitted: list[list[Future[list[Any]]]] = []
+        call = self._call(engine, family, pairs, cutoff_layers)
         try:
-            for query, passages in requests:
-                submitted.append(
-                    [engine.submit(family.encode(query, chunk), cutoff_layers) for chunk in _chunks(passages)]
-                )
-            with _progress(sum(len(p) for _, p in requests), self._settings.show_progress) as advance:
-                return [[score for chunk in chunks for score in advance(chunk.result())] for chunks in submitted]
+            for query, chunk in chunks_of(requests):
+                sequences = call.encode(query, chunk)
+                while (room := call.room(sequences)) is not None:
+                    room.result()
+                call.submit(sequences)
+                while call.is_far_ahead:
+                    yield call.reduced(call.oldest().result())
+            while call.pending:
+                yield call.reduced(call.oldest().result())
         finally:
-            for chunks in submitted:
-                for chunk in chunks:
-                    chunk.cancel()
+            self._end(call, family)
+
+    async def _ascored_chunks(
+        self, requests: Iterable[tuple[str, Sequence[str]]], pairs: float
+    ) -> AsyncIterator[list[Any]]:
+        """`_scored_chunks` without blocking the event loop."""
+        engine, family = await self._aloaded()
+        call = self._call(engine, family, pairs)
+        loop = asyncio.get_running_loop()
+        try:
+            for query, chunk in chunks_of(requests):
+                sequences = await loop.run_in_executor(engine.tokenizer_thread, call.encode, query, chunk)
+                while (room := call.room(sequences)) is not None:
+                    await asyncio.wrap_future(room)
+                call.submit(sequences)
+                while call.is_far_ahead:
+                    yield call.reduced(await asyncio.wrap_future(call.oldest()))
+            while call.pending:
+                yield call.reduced(await asyncio.wrap_future(call.oldest()))
+        finally:
+            self._end(call, family)
+
+    def _call(self, engine: Engine, family: Family, pairs: float, cutoff_layers: tuple[int, ...] = ()) -> Call:
+        split = self._settings.long_passages == "split"
+        return Call(engine, family, pairs, split=split, cutoff_layers=cutoff_layers)
+
+    def _end(self, call: Call, family: Family) -> None:
+        """Drops what a call that broke off left, and says once per scorer if passages were cut."""
+        call.cancel()
+        if call.truncated and not self._warned:
+            self._warned = True
+            logger.warning(
+                "%d of this call's passages were cut to fit max_length=%d tokens together with the query; "
+                "long_passages='split' scores them whole (said once per scorer; scorer.stats() goes on counting)",
+                call.truncated,
+                family.max_length,
+            )
 
     def _normalized(self, scores: list[float]) -> list[float]:
         return [sigmoid(score) for score in scores] if self._settings.normalize else scores
-
-
-def _chunks(passages: Sequence[str]) -> Iterable[Sequence[str]]:
-    return (passages[start : start + ENCODE_AT_ONCE] for start in range(0, len(passages), ENCODE_AT_ONCE))
-
-
-@contextmanager
-def _progress(total: int, shown: bool) -> Iterator[Callable[[list[float]], list[float]]]:
-    """A progress bar on standard error; what is given passes a list of scores through and counts it."""
-    if not shown:
-        yield lambda scores: scores
-        return
-    from tqdm.auto import tqdm
-
-    with tqdm(total=total, unit="pair", desc="Reranking") as bar:
-
-        def advance(scores: list[float]) -> list[float]:
-            bar.update(len(scores))
-            return scores
-
-        yield advance

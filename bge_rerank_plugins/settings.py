@@ -71,10 +71,23 @@ class RerankSettings(BaseModel):
     normalize: bool = Field(
         default=False, description="Map scores into 0..1 with the sigmoid function; by default they are raw logits."
     )
+    long_passages: Literal["truncate", "split"] = Field(
+        default="truncate",
+        description="What becomes of passages longer than max_length. 'truncate': they are cut. 'split': they are scored in "
+        "overlapping windows, and the best window's score is theirs (MaxP, Dai & Callan 2019).",
+    )
     max_batch_tokens: int | None = Field(
         default=None,
         ge=1,
         description="Most tokens that are computed at once; less needs less memory. By default chosen for the device.",
+    )
+    max_queued_tokens: int | None = Field(
+        default=None,
+        ge=1,
+        description="Most tokens that wait to be scored, over all callers; by default no bound.",
+    )
+    when_full: Literal["wait", "error"] = Field(
+        default="wait", description="What a call does that meets max_queued_tokens: wait for room, or fail at once."
     )
     peft_path: str | None = Field(
         default=None, description="LoRA adapter (hub id or local directory), merged into the model when it is loaded."

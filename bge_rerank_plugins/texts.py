@@ -1,6 +1,6 @@
 """Is it text? The checks on what is given to be scored. Knows nothing of tokens or models."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 
 def checked_texts(query: str, passages: Iterable[str]) -> list[str]:
@@ -18,24 +18,55 @@ def checked_texts(query: str, passages: Iterable[str]) -> list[str]:
     return texts
 
 
+def checked_requests(requests: Iterable[tuple[str, Sequence[str]]]) -> list[tuple[str, list[str]]]:
+    """Queries with their passages, once all are known to be text.
+
+    Raises:
+        ValueError: As `checked_texts`; the message names the request by its place.
+    """
+    checked = []
+    for index, request in enumerate(requests):
+        if isinstance(request, str) or not isinstance(request, Sequence) or len(request) != 2:
+            raise ValueError(f"requests[{index}]: expected (query, passages), got {_shown(request)}")
+        try:
+            checked.append((request[0], checked_texts(*request)))
+        except ValueError as error:
+            raise ValueError(f"requests[{index}]: {error}") from error
+    return checked
+
+
 def requests_of_pairs(pairs: Iterable[tuple[str, str]]) -> list[tuple[str, list[str]]]:
     """Pairs as requests: those that follow each other with the same query become one, in the order of the pairs.
 
     Raises:
         ValueError: Something is not a pair of strings; the message names it by its place.
     """
-    requests: list[tuple[str, list[str]]] = []
+    return list(stream_of_requests(pairs))
+
+
+def stream_of_requests(pairs: Iterable[tuple[str, str]], longest: int | None = None) -> Iterator[tuple[str, list[str]]]:
+    """`requests_of_pairs` for any number of pairs: requests of at most `longest` passages, as they come.
+
+    The request before a pair that is refused is yielded before the error is raised.
+    """
+    query, passages = "", list[str]()
     for index, pair in enumerate(pairs):
-        if isinstance(pair, str) or not isinstance(pair, Sequence) or len(pair) != 2:
-            raise ValueError(f"pairs[{index}]={_shown(pair)}: expected (query, passage)")
-        query, passage = pair
-        check_text(query, f"pairs[{index}][0]")
-        check_text(passage, f"pairs[{index}][1]")
-        if requests and requests[-1][0] == query:
-            requests[-1][1].append(passage)
-        else:
-            requests.append((query, [passage]))
-    return requests
+        try:
+            if isinstance(pair, str) or not isinstance(pair, Sequence) or len(pair) != 2:
+                raise ValueError(f"pairs[{index}]={_shown(pair)}: expected (query, passage)")
+            check_text(pair[0], f"pairs[{index}][0]")
+            check_text(pair[1], f"pairs[{index}][1]")
+        except ValueError:
+            if passages:
+                yield query, passages
+            raise
+        if passages and (pair[0] != query or len(passages) == longest):
+            yield query, passages
+            passages = []
+        query = pair[0]
+        passages.append(pair[1])
+    if passages:
+        yield query, passages
 
 
 def check_text(value: object, name: str) -> None:

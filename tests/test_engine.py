@@ -27,7 +27,7 @@ def inject(scorer: Scorer, fault: Callable[[Pack, Callable[[Pack], Tensor]], Ten
     """Puts `fault` in the way of the loaded model's forward pass."""
     family: Any = scorer._acquired().loaded.result()
     forward = family.forward
-    family.forward = lambda pack: fault(pack, forward)
+    family.forward = lambda pack, cutoff_layers=(): fault(pack, forward)
 
 
 def heal(scorer: Scorer) -> None:

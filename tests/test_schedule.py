@@ -4,11 +4,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bge_rerank_plugins.core.packing import TokenSequence
-from bge_rerank_plugins.core.schedule import Pair, Request, Schedule
+from bge_rerank_plugins.core.schedule import Job, Pair, Request, Schedule
 
 
 def request(*lengths: int) -> Request:
-    return Request([TokenSequence([0] * length) for length in lengths])
+    return Request([TokenSequence([0] * length) for length in lengths], Job(len(lengths)))
 
 
 def tokens(pairs: list[Pair]) -> int:
@@ -61,6 +61,19 @@ def test_a_short_request_overtakes_a_long_job() -> None:
     assert packs <= alone + 2  # and one more for the pack that was running
 
 
+def test_a_long_job_in_many_small_requests_is_still_a_long_job() -> None:
+    """Callers submit what they have tokenised; were each piece taken for a short request, a user would queue behind all."""
+    job = Job(3200)
+    schedule = scheduled(*(Request([TokenSequence([0] * 100)] * 32, job) for _ in range(100)))
+    user = request(*[100] * 60)
+    schedule.add(user)
+    packs = 0
+    while user.taken < len(user.sequences):
+        schedule.take(2000)
+        packs += 1
+    assert packs <= 3 + 1
+
+
 def test_a_long_job_always_moves() -> None:
     """Shortest first alone would starve it for as long as short requests keep coming."""
     job = request(*[100] * 1000)
@@ -93,7 +106,7 @@ def test_what_is_put_back_comes_first_and_keeps_its_place() -> None:
 
 
 def test_a_shared_prefix_counts_once_against_the_budget() -> None:
-    shared = Request([TokenSequence([0] * 10, prefix=8, group=1) for _ in range(5)])
+    shared = Request([TokenSequence([0] * 10, prefix=8, group=1) for _ in range(5)], Job(5))
     assert len(scheduled(shared).take(18)) == 5
 
 

@@ -79,6 +79,10 @@ class Decoder:
         """The model card's token ids, the query as a prefix that the passages share."""
         return self._prompt.encode(query, passages)
 
+    def windows(self, query: str, passage: str) -> list[str]:
+        """The passage in parts that fit beside the query, each overlapping the next."""
+        return self._prompt.windows(query, passage)
+
     def forward(self, pack: Pack, cutoff_layers: Sequence[int] = ()) -> Tensor:
         """Logits of "Yes" after each of the pack's sequences. Shape (sequences,), float32."""
         hidden: Tensor = self._backbone(

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel
 
 from .packing import Pack, TokenSequence
+from .windows import split_text
 
 if TYPE_CHECKING:
     from ..settings import RerankSettings
@@ -177,15 +178,23 @@ class Encoder:
         """The query cut to `query_max_length` and the template's special tokens, then the passage cut to what is left."""
         query_ids = self._ids([self._query_instruction + query])[0][: self._query_room]
         room = self._room - len(query_ids)
-        cut = [ids[:room] for ids in self._ids([self._passage_instruction + passage for passage in passages])]
-        return [self._sequence(query_ids, passage_ids) for passage_ids in cut]
+        passage_ids = self._ids([self._passage_instruction + passage for passage in passages])
+        return [self._sequence(query_ids, ids, room) for ids in passage_ids]
 
-    def _sequence(self, query_ids: list[int], passage_ids: list[int]) -> TokenSequence:
+    def windows(self, query: str, passage: str) -> list[str]:
+        """The passage in parts that fit beside the query, each overlapping the next; the passage itself if it fits."""
+        room = self._room - len(self._ids([self._query_instruction + query])[0][: self._query_room])
+        return split_text(self._tokenizer, passage, room, self._passage_instruction)
+
+    def _sequence(self, query_ids: list[int], passage_ids: list[int], room: int) -> TokenSequence:
+        truncated = len(passage_ids) > room
+        passage_ids = passage_ids[:room]
         input_ids = self._template.join(query_ids, passage_ids)
         return TokenSequence(
             input_ids=input_ids,
             token_type_ids=self._template.join_types(query_ids, passage_ids) if self._token_types else None,
             position_ids=_positions_without(self._skipped, input_ids) if self._skipped in input_ids else None,
+            truncated=truncated,
         )
 
     def _ids(self, texts: list[str]) -> list[list[int]]:

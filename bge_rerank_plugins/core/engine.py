@@ -13,11 +13,14 @@ goes on. If the worker itself dies, everyone who waits is told at once.
 from __future__ import annotations
 
 import atexit
+import logging
 import math
 import os
 import threading
+import time
 import weakref
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,12 +29,14 @@ from .checkpoint import Checkpoint
 from .device import Precision, choose_device, choose_precision
 from .families import Family, family_of
 from .packing import TokenSequence, pack_sequences
-from .schedule import Pair, Request, Schedule
+from .schedule import Job, Pair, Request, Schedule
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from ..settings import RerankSettings
+
+logger = logging.getLogger("bge_rerank_plugins")
 
 DEFAULT_BUDGET = {"cpu": 2048, "cuda": 16384}
 OTHER_BUDGET = 8192
@@ -42,7 +47,7 @@ PACKS_BEFORE_GROWTH = 32
 """Packs that must fit after one did not, before the budget grows by an eighth."""
 
 # What distinguishes one loaded model from another. The rest is applied to scores afterwards.
-_NOT_LOADED = {"normalize", "show_progress"}
+_NOT_LOADED = {"normalize", "show_progress", "long_passages"}
 
 
 FORKED = (
@@ -53,6 +58,37 @@ FORKED = (
 
 class EngineClosedError(RuntimeError):
     """The engine was closed while, or before, it was asked for scores."""
+
+
+class QueueFullError(RuntimeError):
+    """Too many tokens wait already."""
+
+
+@dataclass
+class EngineStats:
+    """Counters of an engine.
+
+    Attributes:
+        requests: Calls.
+        pairs: Pairs that were scored.
+        tokens: Their tokens, shared prefixes counted for each.
+        packs: Packs that were computed.
+        fill: Sum over the packs of the share of the budget that their tokens are.
+        out_of_memory: Packs that did not fit and were tried again.
+        truncated: Passages that were cut to fit.
+        queued_tokens: Tokens that wait.
+        device_seconds: Time spent computing, summed over the devices.
+    """
+
+    requests: int = 0
+    pairs: int = 0
+    tokens: int = 0
+    packs: int = 0
+    fill: float = 0.0
+    out_of_memory: int = 0
+    truncated: int = 0
+    queued_tokens: int = 0
+    device_seconds: float = 0.0
 
 
 class Engine:
@@ -67,6 +103,8 @@ class Engine:
         self._settings = settings
         self._changed = threading.Condition()
         self._schedule = Schedule()
+        self._stats = EngineStats()
+        self._room_waiters: list[Future[None]] = []
         self._closed = False
         self._exiting = False
         self._failure: BaseException | None = None
@@ -95,18 +133,55 @@ class Engine:
         """A thread that tokenises for callers who must not block."""
         return self._tokenizer_thread
 
-    def submit(self, sequences: Sequence[TokenSequence], cutoff_layers: tuple[int, ...] = ()) -> Future[list[Any]]:
+    def open_job(self, pairs: float) -> Job:
+        """Announces a caller's job: how many pairs it will submit, in one request or several."""
+        with self._changed:
+            self._stats.requests += 1
+        return Job(pairs)
+
+    def stats(self) -> EngineStats:
+        """What the engine has done since it was started, and what waits."""
+        with self._changed:
+            return replace(self._stats, queued_tokens=self._schedule.tokens)
+
+    def room(self, tokens: int, *, admitted: bool) -> Future[None] | None:
+        """None if `tokens` more may be queued, else what resolves when it is worth asking again.
+
+        Args:
+            tokens: How many the caller wants to queue.
+            admitted: Whether the caller has queued some of its job already; it then waits in any case.
+
+        Raises:
+            QueueFullError: There is no room, and the settings say not to wait for it.
+        """
+        bound = self._settings.max_queued_tokens
+        if bound is None:
+            return None
+        with self._changed:
+            queued = self._schedule.tokens
+            if queued == 0 or queued + tokens <= bound or self._closed or self._failure is not None:
+                return None
+            if self._settings.when_full == "error" and not admitted:
+                raise QueueFullError(f"{queued} tokens wait already, and max_queued_tokens={bound}: try again later")
+            future: Future[None] = Future()
+            self._room_waiters.append(future)
+            return future
+
+    def submit(
+        self, sequences: Sequence[TokenSequence], job: Job, cutoff_layers: tuple[int, ...] = ()
+    ) -> Future[list[Any]]:
         """Queues pairs. The future resolves to their raw scores, in order; cancelling it drops those not yet scored.
 
         Args:
             sequences: The pairs' token ids.
+            job: The job that they belong to, from `open_job`.
             cutoff_layers: Layers to score after. If there are any, each score is a list with one number for each.
 
         Raises:
             EngineClosedError: The engine was closed.
             RuntimeError: The worker died, or this process was forked off the one that loaded the model.
         """
-        request = Request(sequences, cutoff_layers)
+        request = Request(sequences, job, cutoff_layers)
         if not sequences:
             request.future.set_result([])
             return request.future
@@ -114,6 +189,7 @@ class Engine:
             if not self._exiting:  # while the interpreter exits, only daemon threads ask, and wait in silence
                 self._raise_if_unusable()
             self._schedule.add(request)
+            self._stats.truncated += sum(sequence.truncated for sequence in sequences)
             self._changed.notify_all()
         return request.future
 
@@ -122,6 +198,7 @@ class Engine:
         with self._changed:
             self._closed = True
             waiting = self._schedule.drain()
+            self._admit()
             self._changed.notify_all()
         for request in waiting:
             _fail(request, EngineClosedError("the scorer was closed before this request was scored"))
@@ -178,14 +255,30 @@ class Engine:
         with self._changed:
             while not self._schedule and not self._closed and self._failure is None:
                 self._changed.wait()
-            return [] if self._closed or self._failure is not None else self._schedule.take(worker.budget)
+            if self._closed or self._failure is not None:
+                return []
+            pairs = self._schedule.take(worker.budget)
+            self._admit()
+            return pairs
+
+    def _admit(self) -> None:
+        """Wakes those who wait for room in the queue; they ask again."""
+        waiters, self._room_waiters = self._room_waiters, []
+        for future in waiters:
+            if future.set_running_or_notify_cancel():
+                future.set_result(None)
 
     def _score(self, worker: _Worker, pairs: list[Pair]) -> None:
+        start = time.perf_counter()
+        tokens = sum(len(pair.sequence) for pair in pairs)
         try:
             scores = worker.score([pair.sequence for pair in pairs], pairs[0].request.cutoff_layers)
         except torch.OutOfMemoryError as error:
+            with self._changed:
+                self._stats.out_of_memory += 1
+            logger.warning("out of memory on %s with %d tokens at once; going on with less", worker.device, tokens)
             if len(pairs) > 1:
-                worker.shrink(sum(len(pair.sequence) for pair in pairs))
+                worker.shrink(tokens)
                 with self._changed:
                     self._schedule.put_back(pairs)
             else:
@@ -200,6 +293,11 @@ class Engine:
                 raise  # the thread is meant to end
             return
         with self._changed:
+            self._stats.packs += 1
+            self._stats.pairs += len(pairs)
+            self._stats.tokens += tokens
+            self._stats.device_seconds += time.perf_counter() - start
+            self._stats.fill += tokens / worker.budget
             for pair, score in zip(pairs, scores, strict=True):
                 _record(pair, score, worker)
 
@@ -207,6 +305,7 @@ class Engine:
         with self._changed:
             self._failure = error
             waiting = self._schedule.drain()
+            self._admit()
             if not self.loaded.done():
                 self.loaded.set_exception(error)
             self._changed.notify_all()

@@ -44,6 +44,10 @@ class Family(Protocol):
         """Token ids of the query with each of the passages, cut to `max_length`."""
         ...
 
+    def windows(self, query: str, passage: str) -> list[str]:
+        """The passage in parts that fit beside the query, each overlapping the next; the passage itself if it fits."""
+        ...
+
     def forward(self, pack: Pack, cutoff_layers: Sequence[int] = ()) -> Tensor:
         """Raw scores of the pack's sequences, float32.
 

@@ -127,6 +127,10 @@ class Layerwise:
         """The model card's token ids, the query as a prefix that the passages share."""
         return self._prompt.encode(query, passages)
 
+    def windows(self, query: str, passage: str) -> list[str]:
+        """The passage in parts that fit beside the query, each overlapping the next."""
+        return self._prompt.windows(query, passage)
+
     def forward(self, pack: Pack, cutoff_layers: Sequence[int] = ()) -> Tensor:
         """Scores after the cutoff layer, shape (sequences,), or after each of `cutoff_layers`, shape (sequences, layers)."""
         asked = cutoff_layers or (self._cutoff_layer,)

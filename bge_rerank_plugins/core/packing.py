@@ -23,6 +23,7 @@ class TokenSequence:
         position_ids: Zero-based position of every id, or None for 0, 1, 2, ...
         prefix: Number of leading ids that this sequence shares with the sequences of the same `group`.
         group: Sequences with equal groups have equal prefixes. Meaningless while `prefix` is 0.
+        truncated: Whether the passage was cut to fit.
     """
 
     input_ids: list[int]
@@ -30,6 +31,7 @@ class TokenSequence:
     position_ids: list[int] | None = None
     prefix: int = 0
     group: int = 0
+    truncated: bool = False
 
     def __len__(self) -> int:
         return len(self.input_ids)

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from .packing import TokenSequence
+from .windows import split_text
 
 if TYPE_CHECKING:
     from ..settings import RerankSettings
@@ -74,10 +75,19 @@ class Prompt:
         group = next(_groups)
         return [
             TokenSequence(
-                [*head, *[*self._separator, *ids[: self.max_length]][:room], *self._tail], prefix=prefix, group=group
+                [*head, *[*self._separator, *ids[: self.max_length]][:room], *self._tail],
+                prefix=prefix,
+                group=group,
+                truncated=len(self._separator) + len(ids) > room,
             )
             for ids in passage_ids
         ]
+
+    def windows(self, query: str, passage: str) -> list[str]:
+        """The passage in parts that fit beside the query, each overlapping the next; the passage itself if it fits."""
+        head = len(self._bos) + len(self._ids([self._query_instruction + query])[0][: self._query_room])
+        room = self.max_length - head - len(self._separator)
+        return split_text(self._tokenizer, passage, room, self._passage_instruction)
 
     def _ids(self, texts: list[str]) -> list[list[int]]:
         return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]

@@ -1,9 +1,10 @@
 """Which waiting pairs go into the next pack. Knows nothing of models, threads or devices.
 
-Every pack is filled from all waiting requests. An eighth of it is kept for the request that has waited longest, so that a
-long job always moves; the rest goes to the requests with the fewest tokens left, so that a short one is not held up by a
-long one. A request of n packs that arrives during a long job therefore waits for the pack that is running, and then takes
-8/7 of n packs at most while it is the shortest: at most three packs' time more than alone, for any n up to 14.
+A caller's job comes in one request or several. Every pack is filled from all waiting requests: an eighth of it is kept for
+the job that has waited longest, so that a long one always moves; the rest goes to the jobs with the fewest pairs left, so
+that a short one is not held up by a long one. A job of n packs that arrives during a longer one therefore waits for the pack
+that is running, and then takes 8/7 of n packs at most while it is the shortest: at most three packs' time more than alone,
+for any n up to 14.
 """
 
 import itertools
@@ -20,11 +21,25 @@ _arrivals = itertools.count()
 
 
 @dataclass(eq=False)
+class Job:
+    """What one caller waits for.
+
+    Attributes:
+        pairs_left: Pairs that have not been handed out, those included that have not been submitted yet.
+        arrival: Position in the order of arrival.
+    """
+
+    pairs_left: float
+    arrival: int = field(default_factory=lambda: next(_arrivals), init=False)
+
+
+@dataclass(eq=False)
 class Request:
-    """Pairs that were submitted together, and their scores as they come.
+    """Pairs of a job that were submitted together, and their scores as they come.
 
     Attributes:
         sequences: The pairs' token ids.
+        job: The job that they belong to.
         cutoff_layers: Layers to score after; empty for the one of the settings. Equal for all pairs of a pack.
         future: Resolves to the scores, in the order of `sequences`: a number each, or one for each of `cutoff_layers`.
         scores: Scores so far; None where a pair is not scored yet.
@@ -35,6 +50,7 @@ class Request:
     """
 
     sequences: Sequence[TokenSequence]
+    job: Job
     cutoff_layers: tuple[int, ...] = ()
     future: "Future[list[Any]]" = field(default_factory=Future)
     scores: list[Any] = field(init=False)
@@ -88,6 +104,7 @@ class Schedule:
     @property
     def tokens(self) -> int:
         """Tokens that wait."""
+        self._forget_finished()
         return sum(r.tokens_left for r in self._waiting) + sum(len(pair.sequence) for pair in self._returned)
 
     def take(self, budget: int) -> list[Pair]:
@@ -97,8 +114,9 @@ class Schedule:
         while self._returned and pack.add(self._returned[0]):
             self._returned.pop(0)
         if not self._returned and self._waiting:
-            self._fill(pack, self._waiting[0], int(budget * OLDEST_SHARE))
-            for request in sorted(self._waiting, key=lambda r: (r.tokens_left, r.arrival)):
+            oldest = min(self._waiting, key=lambda request: (request.job.arrival, request.arrival))
+            self._fill(pack, oldest, int(budget * OLDEST_SHARE))
+            for request in sorted(self._waiting, key=lambda request: (request.job.pairs_left, request.arrival)):
                 self._fill(pack, request, budget)
                 if pack.full:
                     break
@@ -120,6 +138,7 @@ class Schedule:
                 return
             request.taken += 1
             request.tokens_left -= len(pair.sequence)
+            request.job.pairs_left -= 1
 
     def _forget_finished(self) -> None:
         self._waiting = [request for request in self._waiting if not request.finished]

@@ -1,0 +1,107 @@
+"""One call's pairs on their way: encoded ahead of the device, submitted, awaited in order.
+
+What the blocking and the async form of a call have in common. Knows nothing of settings, ranking or models.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from concurrent.futures import Future
+
+    from .core.engine import Engine
+    from .core.families import Family
+    from .core.packing import TokenSequence
+
+ENCODE_AT_ONCE = 32
+"""Passages that are tokenised before the device gets them, so that it starts while the rest is tokenised."""
+
+PAIRS_AHEAD = 2048
+"""Pairs of one call that are tokenised and wait; more would take memory and gain nothing."""
+
+
+class Call:
+    """One call's pairs on their way: encoded, submitted, awaited in order. What both forms of a call have in common."""
+
+    def __init__(
+        self, engine: Engine, family: Family, pairs: float, *, split: bool, cutoff_layers: tuple[int, ...] = ()
+    ) -> None:
+        self._engine = engine
+        self._family = family
+        self._cutoff_layers = cutoff_layers
+        self._job = engine.open_job(pairs)
+        self._split = split
+        self.truncated = 0
+        self._windows: deque[list[int]] = deque()
+        self.pending: deque[Future[list[Any]]] = deque()
+        self._pairs_pending = 0
+
+    def encode(self, query: str, passages: Sequence[str]) -> list[TokenSequence]:
+        """Token ids of a chunk, a long passage in windows if the settings say so."""
+        parts = [[passage] for passage in passages]
+        if self._split:
+            parts = [self._family.windows(query, passage) for passage in passages]
+        self._windows.append([len(windows) for windows in parts])
+        return self._family.encode(query, [window for windows in parts for window in windows])
+
+    def room(self, sequences: list[TokenSequence]) -> Future[None] | None:
+        """None if the queue has room for a chunk, else what resolves when it is worth asking again."""
+        return self._engine.room(sum(map(len, sequences)), admitted=bool(self.pending))
+
+    def submit(self, sequences: list[TokenSequence]) -> None:
+        """Queues a chunk."""
+        self.truncated += sum(sequence.truncated for sequence in sequences)
+        self.pending.append(self._engine.submit(sequences, self._job, self._cutoff_layers))
+        self._pairs_pending += len(sequences)
+
+    @property
+    def is_far_ahead(self) -> bool:
+        """Whether enough waits for the device, so that more would only take memory."""
+        return self._pairs_pending > PAIRS_AHEAD
+
+    def oldest(self) -> Future[list[Any]]:
+        """The chunk whose scores come next."""
+        return self.pending[0]
+
+    def reduced(self, scores: list[Any]) -> list[Any]:
+        """The next chunk's scores, one per passage: the best of its windows, at each layer if there are several."""
+        self.pending.popleft()
+        self._pairs_pending -= len(scores)
+        remaining = iter(scores)
+        windows = [[next(remaining) for _ in range(count)] for count in self._windows.popleft()]
+        if self._cutoff_layers:
+            return [[max(layer) for layer in zip(*rows, strict=True)] for rows in windows]
+        return [max(values) for values in windows]
+
+    def cancel(self) -> None:
+        """Drops what is not scored yet."""
+        for future in self.pending:
+            future.cancel()
+
+
+def chunks_of(requests: Iterable[tuple[str, Sequence[str]]]) -> Iterator[tuple[str, Sequence[str]]]:
+    """Requests in pieces of `ENCODE_AT_ONCE` passages, in order."""
+    for query, passages in requests:
+        for start in range(0, len(passages), ENCODE_AT_ONCE):
+            yield query, passages[start : start + ENCODE_AT_ONCE]
+
+
+@contextmanager
+def progress_bar(total: int, shown: bool) -> Iterator[Callable[[list[float]], list[float]]]:
+    """A progress bar on standard error; what is given passes a list of scores through and counts it."""
+    if not shown:
+        yield lambda scores: scores
+        return
+    from tqdm.auto import tqdm
+
+    with tqdm(total=total, unit="pair", desc="Reranking") as bar:
+
+        def advance(scores: list[float]) -> list[float]:
+            bar.update(len(scores))
+            return scores
+
+        yield advance

@@ -1,0 +1,293 @@
+"""Speed of this package beside what a user could pick instead: same checkpoint, same documents, same process, in turns.
+
+    python examples/benchmark.py                      # encoder, float32, three workloads
+    python examples/benchmark.py --family decoder     # or layerwise
+    python examples/benchmark.py --dtype bfloat16 --device cuda --size full --json results.json --plot results.png
+
+Checkpoints are random, of the real architectures: speed does not depend on what the weights say. Documents are docstrings of
+the standard library. Every contender scores every workload several times, in turns, so that a noisy machine is unfair to
+nobody; the table shows medians and ratios. The machine's ceiling is a matrix product of the model's own shapes and precision,
+measured in the same process. A peer that is not installed is skipped by name.
+"""
+
+import argparse
+import importlib.metadata
+import json
+import os
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import torch
+from benchmark_models import FAMILIES, Shape, make_checkpoint
+from benchmark_peers import PEERS, PeerMissing
+from rich.console import Console
+from rich.table import Table
+
+from bge_rerank_plugins import Scorer
+from bge_rerank_plugins.docstrings import standard_library
+
+QUERY = "How do I read a file line by line without loading all of it into memory?"
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A request that is scored again and again."""
+
+    name: str
+    query: str
+    passages: list[str]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one contender did with one workload."""
+
+    workload: str
+    contender: str
+    pairs: int
+    tokens: int
+    seconds: list[float]
+    tflop: float
+    ceiling_tflops: float
+    difference: float
+
+    @property
+    def median(self) -> float:
+        """Median seconds of a request."""
+        return statistics.median(self.seconds)
+
+    @property
+    def share(self) -> float:
+        """Share of the ceiling: useful work only, so that padding counts against whoever pads."""
+        return self.tflop / self.median / self.ceiling_tflops
+
+
+def main() -> None:
+    """Runs the benchmark and prints the table."""
+    options = _options()
+    console = Console()
+    documents = _documents()
+    results = []
+    with tempfile.TemporaryDirectory() as folder:
+        shape = FAMILIES[options.family].shapes[options.size]
+        directory = make_checkpoint(options.family, shape, Path(folder))
+        workloads = [
+            w for w in _workloads(options.family, documents, directory) if w.name in (options.workload or w.name)
+        ]
+        ceiling = _ceiling(shape, options.device, getattr(torch, options.dtype))
+        console.print(
+            f"{options.family}, {shape.layers} x {shape.hidden}, {options.dtype} on {_machine(options.device)}; "
+            f"ceiling {ceiling:.3f} TFLOP/s; {', '.join(_versions())}",
+            style="bold",
+        )
+        with _contenders(options, directory, console) as contenders:
+            for workload in workloads:
+                results += _in_turns(workload, contenders, options.runs, directory, shape, ceiling, options.family)
+    _show(console, results)
+    if options.json:
+        facts = {
+            "machine": _machine(options.device),
+            "versions": _versions(),
+            "options": vars(options),
+            "date": time.strftime("%F"),
+        }
+        rows = [asdict(result) | {"median": result.median, "share": result.share} for result in results]
+        Path(options.json).write_text(json.dumps(facts | {"results": rows}, indent=1) + "\n")
+    if options.plot:
+        _plot(results, options.plot)
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--family", choices=FAMILIES, default="encoder")
+    parser.add_argument(
+        "--size", choices=("bench", "full"), default="bench", help="full: the published shape, for a GPU"
+    )
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--runs", type=int, default=3, help="times that each contender scores each workload")
+    parser.add_argument("--workload", action="append", help="name of a workload; all by default")
+    parser.add_argument("--peer", action="append", help="name of a peer; all by default, 'none' for none")
+    parser.add_argument("--json", help="file for the results")
+    parser.add_argument("--plot", help="PNG file for a picture of them (matplotlib)")
+    return parser.parse_args()
+
+
+def _documents() -> list[str]:
+    """Docstrings of the standard library in a fixed order that is not the alphabet's, so that lengths are mixed."""
+    documents = [f"{docstring.name}: {docstring.text}" for docstring in standard_library() if len(docstring.text) > 120]
+    return [documents[i * 7919 % len(documents)] for i in range(len(documents))]
+
+
+def _workloads(family: str, documents: list[str], directory: Path) -> Iterator[Workload]:
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer: Any = PreTrainedTokenizerFast.from_pretrained(directory)
+
+    def cut(text: str, tokens: int) -> str:
+        return str(tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"][:tokens]))
+
+    if family == "encoder":
+        yield Workload("20 short", QUERY, [document[:200] for document in documents[:20]])
+        yield Workload("100 docstrings", QUERY, [document[:4000] for document in documents[:100]])
+        yield Workload("100 x 512", QUERY, [cut(" ".join(documents[i : i + 20]), 510) for i in range(100)])
+    else:
+        for length in (20, 300):
+            query = cut(" ".join(documents[200:260]), length)
+            yield Workload(f"50 docstrings, query of {length}", query, [document[:1500] for document in documents[:50]])
+
+
+Score = Callable[[str, list[str]], Sequence[float]]
+
+
+@contextmanager
+def _contenders(options: argparse.Namespace, directory: Path, console: Console) -> Iterator[dict[str, Score]]:
+    contenders: dict[str, Score] = {}
+    with Scorer(str(directory), dtype=options.dtype, device=options.device) as scorer:
+        contenders["this package"] = scorer.score
+        if options.family == "layerwise":
+            cutoff = Scorer(str(directory), dtype=options.dtype, device=options.device, cutoff_layer=28)
+            contenders["this package, cutoff 28 of 40"] = cutoff.score
+        for name, make in PEERS[options.family].items():
+            if options.peer and name not in options.peer:
+                continue
+            try:
+                contenders[name] = make(directory, getattr(torch, options.dtype), options.device)
+            except PeerMissing as missing:
+                console.print(f"skipped: {name} ({missing})", style="yellow")
+        yield contenders
+
+
+def _in_turns(
+    workload: Workload,
+    contenders: dict[str, Score],
+    runs: int,
+    directory: Path,
+    shape: Shape,
+    ceiling: float,
+    family: str,
+) -> list[Result]:
+    """Every contender once to warm up, then all of them in turns."""
+    lengths = _lengths(directory, family, workload)
+    scores = {name: list(score(workload.query, workload.passages)) for name, score in contenders.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    for _ in range(runs):
+        for name, score in contenders.items():
+            start = time.perf_counter()
+            score(workload.query, workload.passages)
+            seconds[name].append(time.perf_counter() - start)
+    ours = scores["this package"]
+    return [
+        Result(
+            workload=workload.name,
+            contender=name,
+            pairs=len(workload.passages),
+            tokens=sum(lengths),
+            seconds=seconds[name],
+            tflop=sum(shape.flop(length) for length in lengths) / 1e12,
+            ceiling_tflops=ceiling,
+            difference=max(abs(a - b) for a, b in zip(ours, scores[name], strict=True)),
+        )
+        for name in contenders
+    ]
+
+
+def _lengths(directory: Path, family: str, workload: Workload) -> list[int]:
+    """Tokens of each pair, the prompt and the query included."""
+    from bge_rerank_plugins import RerankSettings
+    from bge_rerank_plugins.core.checkpoint import Checkpoint
+    from bge_rerank_plugins.core.encoder import PairTemplate
+    from bge_rerank_plugins.core.prompt import Prompt
+
+    settings = RerankSettings(model=str(directory))
+    checkpoint = Checkpoint.from_settings(settings)
+    if family != "encoder":
+        return [len(s) for s in Prompt(checkpoint, settings, 8192).encode(workload.query, workload.passages)]
+    tokenizer: Any = checkpoint.tokenizer()
+    special = len(PairTemplate.of(tokenizer.backend_tokenizer))
+    query, *passages = tokenizer([workload.query, *workload.passages], add_special_tokens=False)["input_ids"]
+    return [min(512, special + len(query) + len(passage)) for passage in passages]
+
+
+def _ceiling(shape: Shape, device: str, dtype: torch.dtype) -> float:
+    """TFLOP/s of the model's widest product, best of many, on random data."""
+    rows = 2048 if device == "cpu" else 16384
+    left = torch.randn(rows, shape.hidden, device=device).to(dtype)
+    weight = torch.randn(shape.intermediate, shape.hidden, device=device).to(dtype)
+    best = float("inf")
+    with torch.inference_mode():
+        for _ in range(30):
+            start = time.perf_counter()
+            torch.nn.functional.linear(left, weight)
+            if device != "cpu":
+                torch.cuda.synchronize()
+            best = min(best, time.perf_counter() - start)
+    return 2 * rows * shape.hidden * shape.intermediate / best / 1e12
+
+
+def _show(console: Console, results: list[Result]) -> None:
+    table = Table()
+    for title in (
+        "workload",
+        "contender",
+        "median s",
+        "pairs/s",
+        "tokens/s",
+        "share of ceiling",
+        "we are",
+        "max |diff|",
+    ):
+        table.add_column(title, justify="left" if title in ("workload", "contender") else "right")
+    for result in results:
+        ours = next(r for r in results if r.workload == result.workload)
+        table.add_row(
+            result.workload if result is ours else "",
+            result.contender,
+            f"{result.median:.3f}",
+            f"{result.pairs / result.median:.1f}",
+            f"{result.tokens / result.median:.0f}",
+            f"{result.share:.0%}",
+            "" if result is ours else f"{result.median / ours.median:.2f} x",
+            "" if result is ours else f"{result.difference:.1e}",
+            end_section=result is [r for r in results if r.workload == result.workload][-1],
+        )
+    console.print(table)
+
+
+def _plot(results: list[Result], path: str) -> None:
+    import matplotlib.pyplot as plt
+
+    workloads = list(dict.fromkeys(result.workload for result in results))
+    figure, axes = plt.subplots(1, len(workloads), figsize=(5 * len(workloads), 4), layout="constrained")
+    for axis, workload in zip([axes] if len(workloads) == 1 else axes, workloads, strict=True):
+        rows = sorted((r for r in results if r.workload == workload), key=lambda r: -r.median)
+        colors = ["tab:blue" if row.contender.startswith("this") else "tab:gray" for row in rows]
+        bars = axis.barh([row.contender for row in rows], [row.pairs / row.median for row in rows], color=colors)
+        axis.bar_label(bars, fmt="%.1f", padding=3)
+        axis.set(title=workload, xlabel="pairs per second")
+        axis.margins(x=0.15)
+    figure.savefig(path, dpi=120)
+
+
+def _machine(device: str) -> str:
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name()
+    return f"{torch.get_num_threads()} threads, {platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+
+
+def _versions() -> list[str]:
+    return [f"{name} {importlib.metadata.version(name)}" for name in ("torch", "transformers")]
+
+
+if __name__ == "__main__":
+    main()

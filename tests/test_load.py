@@ -1,0 +1,321 @@
+"""Many callers, long jobs, bounds: what a service needs of a scorer."""
+
+import asyncio
+import itertools
+import logging
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future
+
+import pytest
+from conftest import DATA
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+from strategies import texts
+
+from bge_rerank_plugins import Scorer
+from bge_rerank_plugins.call import PAIRS_AHEAD
+from bge_rerank_plugins.core.checkpoint import Checkpoint
+from bge_rerank_plugins.core.engine import QueueFullError
+from bge_rerank_plugins.core.windows import _spans, split_text
+from bge_rerank_plugins.settings import RerankSettings
+
+ENCODER, DECODER, LAYERWISE = (str(DATA / family) for family in ("encoder", "decoder", "layerwise"))
+
+
+@pytest.fixture(scope="module")
+def scorer() -> Iterator[Scorer]:
+    with Scorer(ENCODER) as scorer:
+        yield scorer
+
+
+# Several queries at once
+
+
+def test_a_batch_scores_as_its_requests_do(scorer: Scorer) -> None:
+    requests = [("a", ["x", "y"]), ("b", []), ("c", [f"z {i}" for i in range(70)])]
+    expected = [scorer.score(query, passages) for query, passages in requests]
+    for scores in (scorer.score_batch(requests), asyncio.run(scorer.ascore_batch(requests))):
+        assert [len(each) for each in scores] == [2, 0, 70]
+        assert [s for each in scores for s in each] == pytest.approx([s for each in expected for s in each], abs=1e-5)
+
+
+def test_an_empty_batch_needs_no_model() -> None:
+    scorer = Scorer("/no/such/model")
+    assert scorer.score_batch([]) == []
+    assert scorer.score_batch([("a", [])]) == [[]]
+    assert asyncio.run(scorer.ascore_batch([("a", [])])) == [[]]
+
+
+@pytest.mark.parametrize(
+    ("requests", "message"),
+    [
+        (["ab"], r"requests\[0\]: expected \(query, passages\)"),
+        ([("a", ["b"]), ("c", [None])], r"requests\[1\]: passages\[0\]=None"),
+        ([(None, ["b"])], r"requests\[0\]: query=None"),
+        ([("a",)], r"requests\[0\]: expected"),
+    ],
+)
+def test_a_batch_names_the_request_that_is_wrong(scorer: Scorer, requests: list[object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        scorer.score_batch(requests)  # type: ignore[arg-type]
+
+
+# Streams
+
+
+def test_a_stream_scores_in_order_and_reads_a_bounded_way_ahead(scorer: Scorer) -> None:
+    drawn = 0
+
+    def pairs() -> Iterator[tuple[str, str]]:
+        nonlocal drawn
+        for i in range(3 * PAIRS_AHEAD):
+            drawn += 1
+            yield f"query {i // 100}", f"passage {i % 7}"
+
+    stream = scorer.score_stream(pairs())
+    first = [next(stream) for _ in range(10)]
+    assert PAIRS_AHEAD < drawn < PAIRS_AHEAD + 200
+    rest = list(stream)
+    assert len(first + rest) == 3 * PAIRS_AHEAD
+    expected = {f"query {i}": scorer.score(f"query {i}", [f"passage {j}" for j in range(7)]) for i in (0, 30, 60)}
+    for i in (0, 3050, 6001):
+        assert (first + rest)[i] == pytest.approx(expected[f"query {i // 100}"][i % 7], abs=1e-5)
+
+
+def test_a_stream_yields_what_comes_before_a_bad_pair(scorer: Scorer) -> None:
+    got: list[float] = []
+    stream = scorer.score_stream([("a", "x"), ("a", "y"), ("b", "x"), ("b", None)])  # type: ignore[list-item]
+    with pytest.raises(ValueError, match=r"pairs\[3\]\[1\]=None"):
+        got.extend(stream)
+    assert got == pytest.approx(scorer.score_pairs([("a", "x"), ("a", "y"), ("b", "x")]), abs=1e-5)
+
+
+def test_a_stream_that_is_left_cancels_what_it_queued(scorer: Scorer) -> None:
+    stream = scorer.score_stream(("a", "panda " * 300) for _ in itertools.count())
+    next(stream)
+    stream.close()  # type: ignore[attr-defined]
+    assert scorer.stats()["queued_tokens"] == 0
+
+
+# Fairness, cancellation
+
+
+def test_a_short_request_is_not_held_up_by_a_long_job(scorer: Scorer) -> None:
+    """In packs, not seconds: 20 passages of two packs wait at most for three more."""
+    left = threading.Event()
+    stream = scorer.score_stream(("long job", "panda " * 20) for _ in range(50_000))
+    next(stream)  # some thousand of its pairs are queued
+
+    def drain() -> None:
+        while not left.is_set():
+            next(stream)
+
+    job = threading.Thread(target=drain)
+    job.start()
+    passages = ["bear " * 200] * 20
+    before = scorer.stats()["packs"]
+    scores = scorer.score("short", passages)
+    packs = scorer.stats()["packs"] - before
+    left.set()
+    job.join()
+    stream.close()  # type: ignore[attr-defined]
+    assert len(scores) == 20
+    tokens = 20 * 210
+    assert packs <= -(-tokens // 2048) + 3
+
+
+async def test_a_call_that_times_out_drops_its_pairs(scorer: Scorer) -> None:
+    with pytest.raises(asyncio.TimeoutError):
+        await asyncio.wait_for(scorer.ascore("a", ["panda " * 400] * 2000), timeout=0.2)
+    await scorer.ascore("b", ["bear"])
+    assert scorer.stats()["queued_tokens"] == 0
+
+
+# Bounds
+
+
+def test_a_full_queue_is_an_error_or_a_wait_by_choice() -> None:
+    passages = ["panda " * 50] * 150
+    with Scorer(ENCODER, max_queued_tokens=3000, when_full="wait") as patient:
+        patient.warmup()
+        with Scorer(ENCODER) as free:
+            expected = free.score("a", passages)
+        assert patient.score("a", passages) == pytest.approx(expected, abs=1e-5)
+        assert asyncio.run(patient.ascore("a", passages)) == pytest.approx(expected, abs=1e-5)
+    with Scorer(ENCODER, max_queued_tokens=3000, when_full="error") as strict:
+        assert strict.score("a", passages) == pytest.approx(
+            expected, abs=1e-5
+        )  # nobody else is there: it waits for itself
+        stream = strict.score_stream(("a", "panda " * 100) for _ in range(10_000))
+        next(stream)
+        with pytest.raises(QueueFullError, match=r"tokens wait already, and max_queued_tokens=3000"):
+            strict.score("b", passages)
+        with pytest.raises(QueueFullError):
+            asyncio.run(strict.ascore("b", passages))
+        stream.close()  # type: ignore[attr-defined]
+        assert len(strict.score("a", ["b"])) == 1
+
+
+def test_the_queue_never_holds_more_than_its_bound(encoder_dir: str) -> None:
+    most = 0.0
+    with Scorer(encoder_dir, max_queued_tokens=5000, max_batch_tokens=512) as scorer:
+        scorer.warmup()
+        threads = [
+            threading.Thread(target=scorer.score, args=(f"q {i}", ["panda " * 20] * 100), daemon=True) for i in range(6)
+        ]
+        for thread in threads:
+            thread.start()
+        while any(thread.is_alive() for thread in threads):
+            most = max(most, scorer.stats()["queued_tokens"])
+            time.sleep(0.001)
+    chunk = 32 * 60
+    assert 0 < most <= 5000 + 6 * chunk  # callers that asked at the same moment may overshoot by a chunk each
+
+
+# What one sees
+
+
+def test_stats_count_what_was_done(encoder_dir: str) -> None:
+    with Scorer(encoder_dir, max_length=20, max_batch_tokens=100) as scorer:
+        assert set(scorer.stats().values()) == {0}
+        scorer.score("panda", ["bear " * 50, "hi", "hi"])
+        scorer.score_batch([("a", ["b"]), ("c", ["d"])])
+        stats = scorer.stats()
+    assert (stats["requests"], stats["pairs"], stats["truncated"], stats["out_of_memory"]) == (2, 5, 1, 0)
+    assert stats["tokens"] > 40
+    assert 1 <= stats["packs"] <= 5
+    assert 0 < stats["mean_fill"] <= 1
+    assert stats["device_seconds"] > 0
+
+
+def test_truncation_is_warned_of_once_with_the_count(encoder_dir: str, caplog: pytest.LogCaptureFixture) -> None:
+    with Scorer(encoder_dir, max_length=20) as scorer, caplog.at_level(logging.WARNING, "bge_rerank_plugins"):
+        scorer.score("panda", ["hi"])
+        assert caplog.records == []
+        scorer.score("panda", ["bear " * 50, "hi", "bear " * 60])
+        scorer.score("panda", ["bear " * 50])
+        asyncio.run(scorer.ascore("panda", ["bear " * 50]))
+    assert [record.getMessage().split(" were cut")[0] for record in caplog.records] == ["2 of this call's passages"]
+
+
+# Long passages
+
+
+@pytest.mark.parametrize("directory", [ENCODER, DECODER, LAYERWISE])
+def test_a_long_passage_has_the_score_of_its_best_window(directory: str) -> None:
+    long = " ".join(f"Item {i} describes panda number {i * 7 % 31} in Sichuan." for i in range(40))
+    with (
+        Scorer(directory, max_length=64, long_passages="split") as split,
+        Scorer(directory, max_length=64) as cut,
+    ):
+        windows = split._loaded()[1].windows("panda number 14", long)
+        assert len(windows) > 5
+        expected = max(cut.score("panda number 14", windows))
+        assert split.score("panda number 14", ["hi", long, ""]) == pytest.approx(
+            [*cut.score("panda number 14", ["hi"]), expected, *cut.score("panda number 14", [""])], abs=1e-5
+        )
+        assert expected > cut.score("panda number 14", [long])[0] - 1e-5
+        assert split.stats()["truncated"] == 1  # the one that was cut, by the scorer beside it
+
+
+def test_layers_take_the_best_window_each() -> None:
+    long = " ".join(f"Item {i} describes panda number {i}." for i in range(40))
+    with Scorer(LAYERWISE, max_length=64, long_passages="split") as split, Scorer(LAYERWISE, max_length=64) as cut:
+        windows = split._loaded()[1].windows("panda", long)
+        expected = cut.score_layers("panda", windows, [3, 11])
+        got = split.score_layers("panda", [long], [3, 11])
+    assert [got[3][0], got[11][0]] == pytest.approx([max(expected[3]), max(expected[11])], abs=1e-5)
+
+
+@hypothesis_settings(max_examples=100)
+@given(text=texts, room=st.sampled_from([1, 3, 8]))
+def test_windows_leave_nothing_out_and_fit(text: str, room: int) -> None:
+    tokenizer = TOKENIZER.backend_tokenizer
+    spans = list(_spans(tokenizer, text, room, ""))
+    offsets = tokenizer.encode(text, add_special_tokens=False).offsets
+    assert all(any(start <= a and b <= stop for start, stop in spans) for a, b in offsets)
+    assert [text[start:stop] for start, stop in spans] == split_text(tokenizer, text, room)
+    if room == 8:  # a single token may grow, cut out of its word
+        assert all(len(tokenizer.encode(text[a:b], add_special_tokens=False).ids) <= room for a, b in spans)
+
+
+TOKENIZER = Checkpoint.from_settings(RerankSettings(model=ENCODER)).tokenizer()
+
+
+# The soak test
+
+
+def test_soak() -> None:
+    """64 threads and 256 tasks, mixed sizes, families and cancellations: every result is the sequential one to 1e-5.
+
+    Not bit for bit: the size of a pack decides how the processor blocks its products, which changes the last digits.
+    """
+    others = {thread for thread in threading.enumerate() if thread.name.startswith("bge-rerank")}
+    families = {directory: Scorer(directory, max_batch_tokens=1024) for directory in (ENCODER, DECODER, LAYERWISE)}
+    words = ["panda", "bear", "Sichuan", "datetime", "parses", "string", "熊猫", "🐼"]
+
+    def job(number: int) -> tuple[str, str, list[str]]:
+        count = (0, 1, 2, 5, 40)[number % 5]
+        passages = [" ".join(words[(number + i) % 8] for _ in range(1 + (number * i) % 30)) for i in range(count)]
+        return [ENCODER, ENCODER, DECODER, LAYERWISE][number % 4], f"query {words[number % 8]} {number % 16}", passages
+
+    kinds = [job(number) for number in range(80)]
+    expected = [families[directory].score(query, passages) for directory, query, passages in kinds]
+    threads_before = threading.active_count()
+    wrong: list[int] = []
+    done = itertools.count()
+
+    def check(number: int, scores: list[float]) -> None:
+        next(done)
+        if scores != pytest.approx(expected[number % 80], abs=1e-5):
+            wrong.append(number)
+
+    def ask(caller: int) -> None:
+        for number in range(caller, caller + 12):
+            directory, query, passages = kinds[number % 80]
+            check(number, families[directory].score(query, passages))
+
+    async def aask(caller: int) -> None:
+        for number in range(caller, caller + 4):
+            directory, query, passages = kinds[number % 80]
+            if number % 7 == 0:
+                call = asyncio.ensure_future(families[directory].ascore(query, passages))
+                await asyncio.sleep(0)
+                call.cancel()
+                try:
+                    check(number, await call)
+                except asyncio.CancelledError:
+                    continue
+            else:
+                check(number, await families[directory].ascore(query, passages))
+
+    async def tasks() -> None:
+        await asyncio.gather(*(aask(caller) for caller in range(256)))
+
+    failed: Future[None] = Future()
+
+    def guarded(caller: int) -> None:
+        try:
+            ask(caller)
+        except BaseException as error:  # the thread must not take its failure with it
+            failed.set_exception(error)
+
+    threads = [threading.Thread(target=guarded, args=(caller,)) for caller in range(64)]
+    for thread in threads:
+        thread.start()
+    asyncio.run(tasks())
+    for thread in threads:
+        thread.join()
+    assert not failed.done(), failed.exception()
+    assert wrong == []
+    assert next(done) > 64 * 12 + 256 * 3
+    assert all(scorer.stats()["queued_tokens"] == 0 for scorer in families.values())
+    pairs = sum(scorer.stats()["pairs"] for scorer in families.values())
+    assert pairs > 14_000
+    assert threading.active_count() <= threads_before + len(families)  # a thread each that tokenises for tasks
+    for scorer in families.values():
+        scorer.close()
+    assert {thread for thread in threading.enumerate() if thread.name.startswith("bge-rerank-device")} <= others
