@@ -60,8 +60,8 @@ class Call:
 
     @property
     def is_far_ahead(self) -> bool:
-        """Whether enough waits for the device, so that more would only take memory."""
-        return self._pairs_pending > PAIRS_AHEAD
+        """Whether to take scores before submitting more: some are there, or so much waits that more would only take memory."""
+        return bool(self.pending) and (self.pending[0].done() or self._pairs_pending > PAIRS_AHEAD)
 
     def oldest(self) -> Future[list[Any]]:
         """The chunk whose scores come next."""
