@@ -16,7 +16,7 @@ from typing_extensions import Self
 from .ranking import RankedPassage, check_cut, rank_scores
 from .scorer import Scorer
 from .settings import RerankSettings
-from .texts import checked_texts
+from .texts import checked_requests, checked_texts
 
 
 @runtime_checkable
@@ -137,6 +137,21 @@ class AdapterSettings(ScorerSettings):
         else:
             scores = await asyncio.to_thread(scorer.score, query, texts)
         return rank_scores(checked_scores(scores, texts), top_n, self.score_threshold)
+
+    def _rank_batch(self, requests: Sequence[tuple[str, list[str]]]) -> list[list[RankedPassage]]:
+        """`_rank` for several queries, whose pairs share packs."""
+        checked = checked_requests(requests)
+        if self.top_n == 0 or not any(texts for _, texts in checked):
+            return [[] for _ in checked]
+        scorer = self._active_scorer()
+        if hasattr(scorer, "score_batch"):
+            batch = scorer.score_batch(checked)
+        else:
+            batch = [scorer.score(query, texts) if texts else [] for query, texts in checked]
+        return [
+            rank_scores(checked_scores(scores, texts), self.top_n, self.score_threshold)
+            for scores, (_, texts) in zip(batch, checked, strict=True)
+        ]
 
 
 def checked_scores(scores: Sequence[float], passages: Sequence[object]) -> list[float]:
