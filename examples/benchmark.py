@@ -144,7 +144,7 @@ def _workloads(family: str, documents: list[str], directory: Path) -> Iterator[W
     else:
         for length in (20, 300):
             query = cut(" ".join(documents[200:260]), length)
-            yield Workload(f"50 docstrings, query of {length}", query, [document[:1500] for document in documents[:50]])
+            yield Workload(f"50 docstrings, query of {length}", query, [document[:600] for document in documents[:50]])
 
 
 Score = Callable[[str, list[str]], Sequence[float]]
@@ -236,32 +236,20 @@ def _ceiling(shape: Shape, device: str, dtype: torch.dtype) -> float:
 
 
 def _show(console: Console, results: list[Result]) -> None:
-    table = Table()
-    for title in (
-        "workload",
-        "contender",
-        "median s",
-        "pairs/s",
-        "tokens/s",
-        "share of ceiling",
-        "we are",
-        "max |diff|",
-    ):
-        table.add_column(title, justify="left" if title in ("workload", "contender") else "right")
-    for result in results:
-        ours = next(r for r in results if r.workload == result.workload)
-        table.add_row(
-            result.workload if result is ours else "",
-            result.contender,
-            f"{result.median:.3f}",
-            f"{result.pairs / result.median:.1f}",
-            f"{result.tokens / result.median:.0f}",
-            f"{result.share:.0%}",
-            "" if result is ours else f"{result.median / ours.median:.2f} x",
-            "" if result is ours else f"{result.difference:.1e}",
-            end_section=result is [r for r in results if r.workload == result.workload][-1],
-        )
-    console.print(table)
+    """A table for each workload, readable at 80 columns."""
+    for workload in dict.fromkeys(result.workload for result in results):
+        rows = [result for result in results if result.workload == workload]
+        ours = rows[0]
+        table = Table(title=f"{workload}: {ours.pairs} pairs, {ours.tokens} tokens", title_justify="left")
+        table.add_column("")
+        for title in ("median s", "pairs/s", "of ceiling", "we are", "max diff"):
+            table.add_column(title, justify="right", no_wrap=True)
+        for row in rows:
+            beside = () if row is ours else (f"{row.median / ours.median:.2f} x", f"{row.difference:.0e}")
+            table.add_row(
+                row.contender, f"{row.median:.3f}", f"{row.pairs / row.median:.1f}", f"{row.share:.0%}", *beside
+            )
+        console.print(table)
 
 
 def _plot(results: list[Result], path: str) -> None:
