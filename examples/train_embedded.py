@@ -244,7 +244,9 @@ def save(model: PeftModel, folder: Path) -> None:
     config = folder / "adapter_config.json"
     settings = json.loads(config.read_text()) | {"base_model_name_or_path": BASE_MODEL}
     said = {name: value for name, value in settings.items() if value not in (None, False, {}, [])}
-    config.write_text(json.dumps(said, indent=2) + "\n")  # options that are off would be unknown to older versions of peft
+    config.write_text(
+        json.dumps(said, indent=2) + "\n"
+    )  # options that are off would be unknown to older versions of peft
     log(f"saved {folder}")
 
 
