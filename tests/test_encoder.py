@@ -225,6 +225,31 @@ def test_an_adapter_may_bring_the_head_that_the_base_model_lacks(
         Scorer(str(bare)).score("panda", ["hi"])
 
 
+def test_bfloat16_keeps_the_ranking_of_the_embedded_model() -> None:
+    from scipy.stats import spearmanr
+
+    from bge_rerank_plugins.docstrings import standard_library
+
+    passages = [docstring.text[:400] for docstring in standard_library()[::60]]
+    with Scorer("embedded") as exact, Scorer("embedded", dtype="bfloat16") as half:
+        for query in ("shorten a text to a width", "read a file line by line", "how do I parse a date"):
+            both = exact.score(query, passages), half.score(query, passages)
+            assert spearmanr(*both).statistic > 0.99
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_half_precision_is_no_further_off_than_transformers_is(name: str, classifier_dirs: dict[str, str]) -> None:
+    """BERT's pooler, in float32 with the head, once met bfloat16 states in its backbone and raised."""
+    passages = ["a bear", "datetime", "Sichuan", "what is a string", "熊猫"]
+    reference = EncoderReference(classifier_dirs[name], 128)
+    exact = torch.tensor([reference.score("panda", passage) for passage in passages])
+    reference.model = reference.model.to(torch.bfloat16)
+    theirs = torch.tensor([reference.score("panda", passage) for passage in passages])
+    with Scorer(classifier_dirs[name], dtype="bfloat16") as scorer:
+        ours = torch.tensor(scorer.score("panda", passages))
+    assert (ours - exact).abs().max() < 1.5 * (theirs - exact).abs().max() + 0.05
+
+
 def test_bfloat16_keeps_the_ranking(encoder_dir: str) -> None:
     from scipy.stats import spearmanr
 

@@ -32,15 +32,14 @@ class Architecture:
         first_position: Position id of a sequence's first token.
         skips_padding: Whether a padding token that stands in the text (as "<pad>") does not count as a position.
         token_types: Whether the model tells query from passage by segment.
-        head: Model to a function from the first tokens' hidden states, shape (sequences, 1, hidden), to logits.
-        head_modules: Names of the modules in that function.
+        head: Takes the modules that make logits of the first tokens' hidden states, shape (sequences, 1, hidden), out of a
+            model, in the order in which they are applied.
     """
 
     first_position: Callable[[PreTrainedConfig], int]
     skips_padding: bool
     token_types: bool
-    head: Callable[[Any], Callable[[Tensor], Tensor]]
-    head_modules: tuple[str, ...]
+    head: Callable[[Any], nn.Sequential]
 
 
 def _after_padding_index(config: PreTrainedConfig) -> int:
@@ -48,14 +47,14 @@ def _after_padding_index(config: PreTrainedConfig) -> int:
     return int(config.pad_token_id) + 1
 
 
-_ROBERTA = Architecture(_after_padding_index, True, False, lambda model: model.classifier, ("classifier",))
-_BERT = Architecture(
-    lambda config: 0,
-    False,
-    True,
-    lambda model: lambda rows: model.classifier(model.bert.pooler(rows)),
-    ("classifier", "bert.pooler"),
-)
+def _pooler_and_classifier(model: Any) -> nn.Sequential:
+    """BERT's pooler is part of its backbone, which would run it on the first token of the pack alone."""
+    pooler, model.bert.pooler = model.bert.pooler, None
+    return nn.Sequential(pooler, model.classifier)
+
+
+_ROBERTA = Architecture(_after_padding_index, True, False, lambda model: nn.Sequential(model.classifier))
+_BERT = Architecture(lambda config: 0, False, True, _pooler_and_classifier)
 
 ARCHITECTURES = {
     "XLMRobertaForSequenceClassification": _ROBERTA,
@@ -127,9 +126,7 @@ class Encoder:
     ) -> None:
         self.max_length = max_length
         self._backbone: nn.Module = model.base_model
-        self._head = architecture.head(model)
-        for name in architecture.head_modules:  # scores are float32 from the head on
-            model.get_submodule(name).float()
+        self._head = architecture.head(model).float()  # scores are float32 from the head on
         self._first_position = architecture.first_position(model.config)
         self._skipped = model.config.pad_token_id if architecture.skips_padding else None
         self._token_types = architecture.token_types
@@ -210,7 +207,8 @@ class Encoder:
             pack=pack,
         ).last_hidden_state
         rows = hidden[0, pack.first_rows, None].float()
-        return self._head(rows).view(-1)
+        logits: Tensor = self._head(rows)
+        return logits.view(-1)
 
 
 def _checked(checkpoint: Checkpoint, settings: RerankSettings) -> tuple[PreTrainedConfig, Architecture, int]:
