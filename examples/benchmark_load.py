@@ -1,0 +1,94 @@
+"""What a service feels: many requests at once against one after another, and the event loop meanwhile.
+
+    python examples/benchmark_load.py                # the embedded model
+    python examples/benchmark_load.py --model BAAI/bge-reranker-v2-m3 --device cuda --dtype fast
+
+Requests come from real text, docstrings of the standard library. Both ways run in turns; the table shows medians.
+"""
+
+import argparse
+import asyncio
+import os
+import statistics
+import time
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from rich.console import Console
+from rich.table import Table
+
+from bge_rerank_plugins import Scorer
+from bge_rerank_plugins.docstrings import standard_library
+
+Request = tuple[str, list[str]]
+
+
+def main() -> None:
+    """Runs both ways for two kinds of requests and prints a table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="embedded")
+    parser.add_argument("--device")
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--requests", type=int, default=1000, help="requests of two short passages")
+    parser.add_argument("--runs", type=int, default=3)
+    options = parser.parse_args()
+    texts = [docstring.text for docstring in standard_library()]
+    kinds = {
+        "2 short passages": _requests(texts, options.requests, passages=2, characters=60),
+        "20 passages": _requests(texts, max(1, options.requests // 20), passages=20, characters=300),
+    }
+    with Scorer(options.model, device=options.device, dtype=options.dtype) as scorer:
+        scorer.warmup()
+        table = Table(title=f"{options.model}, {options.dtype}, medians of {options.runs} runs", title_justify="left")
+        for title in ("requests", "one by one", "at once", "faster", "longest stall of the loop"):
+            table.add_column(title, justify="left" if title == "requests" else "right")
+        for name, requests in kinds.items():
+            measured = [asyncio.run(_both_ways(scorer, requests)) for _ in range(options.runs)]
+            alone, together, stall = (statistics.median(column) for column in zip(*measured, strict=True))
+            table.add_row(
+                f"{len(requests)} of {name}",
+                f"{alone:.2f} s",
+                f"{together:.2f} s",
+                f"{alone / together:.2f} x",
+                f"{1000 * stall:.0f} ms",
+            )
+    Console().print(table)
+
+
+def _requests(texts: list[str], count: int, passages: int, characters: int) -> list[Request]:
+    def text(number: int) -> str:
+        return texts[number * 7919 % len(texts)][:characters]
+
+    return [(text(i)[:60], [text(i * passages + j + 1) for j in range(passages)]) for i in range(count)]
+
+
+async def _both_ways(scorer: Scorer, requests: list[Request]) -> tuple[float, float, float]:
+    """Seconds one after another, seconds all at once, and the loop's longest stall while all run at once."""
+    start = time.perf_counter()
+    for query, passages in requests:
+        await scorer.ascore(query, passages)
+    alone = time.perf_counter() - start
+    watch = asyncio.create_task(_longest_stall())
+    await asyncio.sleep(0)
+    start = time.perf_counter()
+    await asyncio.gather(*(scorer.ascore(query, passages) for query, passages in requests))
+    together = time.perf_counter() - start
+    watch.cancel()
+    return alone, together, await watch
+
+
+async def _longest_stall() -> float:
+    """How much later than asked for the loop ever woke this task, until it is cancelled."""
+    longest = 0.0
+    try:
+        while True:
+            asked = time.perf_counter()
+            await asyncio.sleep(0.001)
+            longest = max(longest, time.perf_counter() - asked - 0.001)
+    except asyncio.CancelledError:
+        return longest
+
+
+if __name__ == "__main__":
+    main()
