@@ -80,6 +80,15 @@ def test_every_implementation_is_plain_attention(
     torch.testing.assert_close(got.double(), want, atol=tolerance, rtol=tolerance)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_from_the_first_rows_alone_is_that_of_the_whole_pack(dtype: torch.dtype) -> None:
+    query, key, value = states(UNSHARED, dtype, heads=4, kv_heads=4)
+    got = attention.attend_from_first_rows(query[UNSHARED.first_rows], key, value, UNSHARED, 8**-0.5)
+    want = plain(query, key, value, UNSHARED, False, None, None)[UNSHARED.first_rows]
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-2
+    torch.testing.assert_close(got.double(), want, atol=tolerance, rtol=tolerance)
+
+
 def varlen_by_contract(
     query: Tensor,
     key: Tensor,

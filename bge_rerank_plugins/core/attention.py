@@ -211,6 +211,30 @@ def _attend_padded(
     return torch.cat([attended[i, q.shape[2] - length :] for i, length in enumerate(q_lengths)])
 
 
+def attend_from_first_rows(query: Tensor, key: Tensor, value: Tensor, pack: Pack, scaling: float) -> Tensor:
+    """Attention of the first token of each sequence alone, over its own sequence, in float32; for packs without prefixes.
+
+    Args:
+        query: Shape (sequences, heads, head_dim).
+        key: Shape (tokens, heads, head_dim).
+        value: Same shape as `key`.
+        pack: The pack that the tokens came from.
+        scaling: Factor on the products of queries and keys.
+
+    Returns:
+        Output of the shape of `query`.
+    """
+    lengths = pack.cu_seqlens_q.diff()
+    sequence = torch.repeat_interleave(torch.arange(len(lengths), device=key.device), lengths, output_size=len(pack))
+    logits = (query[sequence].float() * key.float()).sum(-1) * scaling  # (tokens, heads)
+    highest = torch.full(query.shape[:2], -torch.inf, device=key.device)
+    highest = highest.scatter_reduce(0, sequence[:, None].expand_as(logits), logits, "amax")
+    weights = torch.exp(logits - highest[sequence])
+    total = torch.zeros_like(highest).index_add(0, sequence, weights)
+    summed = torch.zeros(query.shape, device=key.device).index_add(0, sequence, weights[..., None] * value.float())
+    return (summed / total[..., None]).to(query.dtype)
+
+
 def _no_mask(*_: Any, **__: Any) -> None:
     """The mask function beside the attention function: without one, transformers may build a 4D mask over the pack."""
 

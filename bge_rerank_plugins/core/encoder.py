@@ -15,7 +15,9 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel
+from transformers.activations import GELUActivation
 
+from .attention import attend_from_first_rows
 from .packing import Pack, TokenSequence
 from .windows import split_text
 
@@ -125,7 +127,14 @@ class Encoder:
         architecture: Architecture,
     ) -> None:
         self.max_length = max_length
-        self._backbone: nn.Module = model.base_model
+        backbone: Any = model.base_model
+        layers = backbone.encoder.layer
+        for layer in layers:
+            if isinstance(layer.intermediate.intermediate_act_fn, GELUActivation):
+                layer.intermediate.intermediate_act_fn = _GELUInPlace()
+        self._last_layer = layers[-1]
+        backbone.encoder.layer = layers[:-1]
+        self._backbone = backbone
         self._head = architecture.head(model).float()  # scores are float32 from the head on
         self._first_position = architecture.first_position(model.config)
         self._skipped = model.config.pad_token_id if architecture.skips_padding else None
@@ -206,9 +215,46 @@ class Encoder:
             token_type_ids=types[None],
             pack=pack,
         ).last_hidden_state
-        rows = hidden[0, pack.first_rows, None].float()
-        logits: Tensor = self._head(rows)
+        rows = _first_rows_after(self._last_layer, hidden[0], pack)
+        logits: Tensor = self._head(rows[:, None].float())
         return logits.view(-1)
+
+
+class _GELUInPlace(nn.Module):
+    """GELU over its input: a new tensor of that width would cost as much to allocate as the function to compute."""
+
+    def forward(self, states: Tensor) -> Tensor:
+        activated: Tensor = torch.ops.aten.gelu_(states)
+        return activated
+
+
+def _first_rows_after(layer: Any, hidden: Tensor, pack: Pack) -> Tensor:
+    """The last layer, for the first token of each sequence only: nothing else is read after it.
+
+    Args:
+        layer: The layer, of BERT's build.
+        hidden: States before it, shape (tokens, hidden).
+        pack: The pack that the tokens came from.
+
+    Returns:
+        Shape (sequences, hidden).
+    """
+    attention = layer.attention.self
+    rows = hidden[pack.first_rows]
+
+    def heads(states: Tensor) -> Tensor:
+        return states.view(len(states), attention.num_attention_heads, attention.attention_head_size)
+
+    context = attend_from_first_rows(
+        heads(attention.query(rows)),
+        heads(attention.key(hidden)),
+        heads(attention.value(hidden)),
+        pack,
+        attention.scaling,
+    )
+    attended = layer.attention.output(context.flatten(1), rows)
+    states: Tensor = layer.output(layer.intermediate(attended), attended)
+    return states
 
 
 def _checked(checkpoint: Checkpoint, settings: RerankSettings) -> tuple[PreTrainedConfig, Architecture, int]:
