@@ -102,3 +102,22 @@ def test_loading_prints_nothing(encoder_dir: str, capfd: pytest.CaptureFixture[s
     with Scorer(encoder_dir, query_instruction="unlike any other scorer's ") as scorer:
         scorer.score("a", ["b"])
     assert capfd.readouterr() == ("", "")
+
+
+def test_models_may_be_loaded_at_the_same_time() -> None:
+    """Transformers is not safe for that: it replaces methods of its classes while it loads."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    from conftest import DATA
+    from transformers import PreTrainedModel
+
+    before = PreTrainedModel.tie_weights
+
+    def load(number: int) -> int:
+        directory = str(DATA / ("encoder", "decoder", "layerwise")[number % 3])
+        with Scorer(directory, query_instruction=f"{number} ") as scorer:
+            return len(scorer.score("a", ["b"]))
+
+    with ThreadPoolExecutor(8) as threads:
+        assert list(threads.map(load, range(48))) == [1] * 48
+    assert PreTrainedModel.tie_weights is before

@@ -63,7 +63,16 @@ def process(*argv: str) -> Iterator[subprocess.Popen[bytes]]:
     command = [sys.executable, "-m", "bge_rerank_plugins", *argv]
     pipe = subprocess.PIPE
     buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
-    with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, cwd=DATA.parents[1], env=buffered) as running:
+    with subprocess.Popen(
+        command,
+        stdin=pipe,
+        stdout=pipe,
+        stderr=pipe,
+        cwd=DATA.parents[1],
+        env=buffered,
+        # A shell's background job ignores interrupts, and hands that down to the tests and to what they start.
+        preexec_fn=None if os.name == "nt" else lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    ) as running:
         try:
             yield running
         finally:

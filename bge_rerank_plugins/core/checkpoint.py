@@ -6,6 +6,7 @@ Safetensors only, and never any code from the checkpoint. Knows nothing of packs
 from __future__ import annotations
 
 import logging
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,6 +31,10 @@ PUBLISHED_LENGTH = 1024
 
 # Without one of these, transformers makes up an empty tokenizer in silence.
 _VOCABULARIES = ("sentencepiece.bpe.model", "tokenizer.model", "spiece.model", "vocab.txt", "vocab.json")
+
+# While it loads, transformers replaces methods of its classes for the whole process; two loads at once leave one replaced, and
+# weights that are in the file are then reported missing.
+_one_load_at_a_time = threading.Lock()
 
 _ADAPTER_PREFIX = "base_model.model."
 
@@ -185,7 +190,7 @@ class Checkpoint:
             ValueError: No safetensors, or weights that neither the checkpoint nor its adapter holds.
         """
         try:
-            with _quiet(self.show_progress):
+            with _alone_and_quiet(self.show_progress):
                 model, report = auto_class.from_pretrained(
                     self.model,
                     config=config,
@@ -211,7 +216,7 @@ class Checkpoint:
         from peft import PeftModel
 
         try:
-            with _quiet(self.show_progress):
+            with _alone_and_quiet(self.show_progress):
                 adapted = PeftModel.from_pretrained(model, peft_path, **self._hub(revision=False))
                 return adapted.merge_and_unload()
         except (OSError, ValueError, RuntimeError) as error:
@@ -228,21 +233,21 @@ class Checkpoint:
 
 
 @contextmanager
-def _quiet(show_progress: bool) -> Iterator[None]:
-    """Keeps transformers, the hub and peft from writing to standard error meanwhile; for the whole process, they know no less.
+def _alone_and_quiet(show_progress: bool) -> Iterator[None]:
+    """One load at a time, and meanwhile nothing on standard error from transformers, the hub or peft, process-wide.
 
     What transformers would report, weights that are missing, is an error here.
     """
-    bars = transformers_logging.is_progress_bar_enabled() and not show_progress
-    verbosity = transformers_logging.get_verbosity()
-    if bars:
-        transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    transformers_logging.set_verbosity(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)
-            yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
+    with _one_load_at_a_time, warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        bars = transformers_logging.is_progress_bar_enabled() and not show_progress
+        verbosity = transformers_logging.get_verbosity()
         if bars:
-            transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+            transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+        transformers_logging.set_verbosity(logging.ERROR)
+        try:
+            yield
+        finally:
+            transformers_logging.set_verbosity(verbosity)
+            if bars:
+                transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
