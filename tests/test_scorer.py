@@ -280,6 +280,24 @@ print("leaving", flush=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "leaving\n", "")
 
 
+def test_a_scorer_that_is_dropped_just_before_exit_does_not_abort_the_process(encoder_dir: str) -> None:
+    """Its worker once freed tensors while the interpreter went down: "terminate called without an active exception"."""
+    program = f"""
+from bge_rerank_plugins import Scorer
+from bge_rerank_plugins.core import engine
+def main():
+    Scorer({encoder_dir!r}).score("a", ["b"])
+main()
+workers = [worker for each in engine._live for worker in each._workers]
+import atexit
+atexit._run_exitfuncs()
+print([worker.is_alive() for worker in workers])
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "True" not in done.stdout
+
+
 def test_a_forked_child_is_told_that_the_model_cannot_follow(encoder_dir: str) -> None:
     program = f"""
 import os

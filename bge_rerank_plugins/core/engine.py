@@ -116,6 +116,7 @@ class Engine:
             threading.Thread(target=self._work, args=(index, name), name=f"bge-rerank-{name or 'device'}", daemon=True)
             for index, name in enumerate(names)
         ]
+        _live.add(self)
         for worker in self._workers:
             worker.start()
 
@@ -373,6 +374,9 @@ def _explained(error: torch.OutOfMemoryError, pair: Pair, worker: _Worker) -> Ex
     return explained
 
 
+# Engines with a running worker hold themselves alive through it, those among them that were given back, too.
+_live: weakref.WeakSet[Engine] = weakref.WeakSet()
+
 # Equal settings share one engine in a process. The last one to release it closes it.
 
 _lock = threading.RLock()  # re-entrant: a garbage collection may release an engine while this thread holds it
@@ -416,10 +420,10 @@ def _key(settings: RerankSettings) -> str:
 
 @atexit.register
 def _close_all() -> None:
+    """Waits for every worker: one that freed its tensors while the interpreter goes down would abort the process."""
     with _lock:
-        engines = [engine for engine, _ in _engines.values()]
         _engines.clear()
-    for engine in engines:
+    for engine in list(_live):
         engine.close_at_exit()
 
 
@@ -428,6 +432,7 @@ def _after_fork() -> None:
     _lock = threading.RLock()
     _forked_after_load = _forked_after_load or bool(_engines)
     _engines.clear()
+    _live.clear()
 
 
 if hasattr(os, "register_at_fork"):  # not on Windows
