@@ -61,19 +61,26 @@ def plain(
     return output
 
 
-@pytest.mark.parametrize("name", ["_attend_segments", "_attend_padded"])
+@pytest.mark.parametrize(
+    ("name", "sdpa"), [("_attend_segments", True), ("_attend_segments", False), ("_attend_padded", True)]
+)
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
 @pytest.mark.parametrize(("pack", "causal", "window", "softcap"), CASES)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 4e-2)])
 def test_every_implementation_is_plain_attention(
     name: str,
+    sdpa: bool,
+    kv_heads: int,
     pack: Pack,
     causal: bool,
     window: int | None,
     softcap: float | None,
     dtype: torch.dtype,
     tolerance: float,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    query, key, value = states(pack, dtype)
+    monkeypatch.setattr(attention, "_sdpa_is_faster", lambda dtype: sdpa)  # what the processor says, not what is tested
+    query, key, value = states(pack, dtype, kv_heads=kv_heads)
     got = getattr(attention, name)(query, key, value, pack, 8**-0.5, causal, window, softcap)
     want = plain(query, key, value, pack, causal, window, softcap)
     assert got.dtype == dtype
