@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from .linear import pack_linear_layers
 from .packing import Pack, TokenSequence
 from .prompt import Prompt
 
@@ -40,6 +41,7 @@ class Decoder:
         self.max_length = prompt.max_length
         self._prompt = prompt
         self._backbone: Any = model.base_model
+        pack_linear_layers(self._backbone)
         self._answer_row = model.get_output_embeddings().weight[prompt.answer_id].float()
         self._softcap: float | None = getattr(model.config, "final_logit_softcapping", None)
 

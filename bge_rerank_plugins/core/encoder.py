@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrai
 from transformers.activations import GELUActivation
 
 from .attention import attend_from_first_rows
+from .linear import pack_linear_layers
 from .packing import Pack, TokenSequence
 from .windows import split_text
 
@@ -128,6 +129,7 @@ class Encoder:
     ) -> None:
         self.max_length = max_length
         backbone: Any = model.base_model
+        pack_linear_layers(backbone.encoder)
         layers = backbone.encoder.layer
         for layer in layers:
             if isinstance(layer.intermediate.intermediate_act_fn, GELUActivation):

@@ -1,0 +1,177 @@
+"""Linear layers for a CPU: weights laid out once the way oneDNN multiplies them, with the function that follows fused in.
+
+The operators are private to torch, so every use is tried out first and compared with torch's own product; where it fails or
+differs, the layers stay as they are. Knows nothing of families, packs or scores.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import gelu, linear, silu
+from transformers.activations import GELUActivation, GELUTanh, SiLUActivation
+
+
+class Fused(NamedTuple):
+    """A function of a product, as oneDNN names it."""
+
+    name: str
+    algorithm: str
+
+
+PLAIN = Fused("none", "")
+
+ACTIVATIONS: dict[type[Any], Fused] = {
+    GELUActivation: Fused("gelu", "none"),
+    GELUTanh: Fused("gelu", "tanh"),
+    SiLUActivation: Fused("swish", ""),
+    nn.SiLU: Fused("swish", ""),
+}
+"""What can be fused to a product. Modules of exactly these classes compute exactly these functions."""
+
+
+class PackedLinear(nn.Module):
+    """A linear layer whose weight is laid out for oneDNN, for inference only.
+
+    Args:
+        layer: The layer that it replaces.
+        fused: What to do with the product.
+    """
+
+    def __init__(self, layer: nn.Linear, fused: Fused = PLAIN) -> None:
+        super().__init__()
+        self._weight: Tensor = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach())
+        self._bias = None if layer.bias is None else layer.bias.detach()
+        self._fused = fused
+
+    def forward(self, states: Tensor) -> Tensor:
+        """The product, with the bias and the fused function. Shape (..., features)."""
+        product: Tensor = torch.ops.mkldnn._linear_pointwise(
+            states, self._weight, self._bias, self._fused.name, [], self._fused.algorithm
+        )
+        return product
+
+    def times(self, states: Tensor, other: Tensor) -> Tensor:
+        """The product, multiplied by `other` in the same pass."""
+        product: Tensor = torch.ops.mkldnn._linear_pointwise(states, other, self._weight, self._bias, "mul")
+        return product
+
+    def plus(self, states: Tensor, other: Tensor) -> Tensor:
+        """The product, added to `other` in the same pass."""
+        total: Tensor = torch.ops.mkldnn._linear_pointwise(states, other, self._weight, self._bias, "add")
+        return total
+
+
+class PackedResidual(nn.Module):
+    """The end of BERT's blocks: norm(dense(x) + residual), with the sum fused."""
+
+    def __init__(self, block: Any) -> None:
+        super().__init__()
+        self.dense = PackedLinear(block.dense)
+        self.norm = block.LayerNorm
+
+    def forward(self, states: Tensor, residual: Tensor) -> Tensor:
+        """Shape (..., hidden), as `residual`."""
+        out: Tensor = self.norm(self.dense.plus(states, residual))
+        return out
+
+
+class PackedGate(nn.Module):
+    """A gated feed-forward block: down(activation(gate(x)) * up(x)), with the activation and the product fused."""
+
+    def __init__(self, block: Any, fused: Fused) -> None:
+        super().__init__()
+        self.gate = PackedLinear(block.gate_proj, fused)
+        self.up = PackedLinear(block.up_proj)
+        self.down = PackedLinear(block.down_proj)
+
+    def forward(self, states: Tensor) -> Tensor:
+        """Shape (..., hidden), as its input."""
+        out: Tensor = self.down(self.up.times(states, self.gate(states)))
+        return out
+
+
+def pack_linear_layers(model: nn.Module) -> None:
+    """Replaces the linear layers of a model on a CPU, one after the other, so that no second copy of the whole stands in memory.
+
+    Does nothing on other devices, nor where the operators are missing, fail or compute something else.
+    """
+    weights = [module.weight for module in model.modules() if type(module) is nn.Linear]
+    if not weights or any(weight.device.type != "cpu" for weight in weights):
+        return
+    if not all(can_pack(dtype) for dtype in {weight.dtype for weight in weights}):
+        return
+    for module in list(model.modules()):
+        _fuse_activation(module)
+        for name, child in list(module.named_children()):
+            if _is_gated(child):
+                setattr(module, name, PackedGate(child, ACTIVATIONS[type(child.act_fn)]))
+            elif _is_residual(child):
+                setattr(module, name, PackedResidual(child))
+            elif type(child) is nn.Linear:
+                setattr(module, name, PackedLinear(child))
+
+
+def _is_gated(module: Any) -> bool:
+    layers = [getattr(module, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
+    return all(type(layer) is nn.Linear for layer in layers) and type(getattr(module, "act_fn", None)) in ACTIVATIONS
+
+
+def _is_residual(module: nn.Module) -> bool:
+    names = {name for name, _ in module.named_children()}
+    return type(module).__name__.endswith("Output") and names == {"dense", "LayerNorm", "dropout"}
+
+
+def _fuse_activation(module: Any) -> None:
+    """The first half of BERT's feed-forward block."""
+    activation = getattr(module, "intermediate_act_fn", None)
+    if type(activation) in ACTIVATIONS and type(getattr(module, "dense", None)) is nn.Linear:
+        module.dense = PackedLinear(module.dense, ACTIVATIONS[type(activation)])
+        module.intermediate_act_fn = nn.Identity()
+
+
+@cache
+def can_pack(dtype: torch.dtype) -> bool:
+    """Whether the operators are there, and compute what torch's own do, in this precision on this processor."""
+    try:
+        if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+            return False
+        return dtype in (torch.float32, torch.bfloat16) and _agrees(dtype)
+    except (
+        AttributeError,
+        NotImplementedError,
+        RuntimeError,
+        TypeError,
+    ):  # private operators: gone, or with other arguments
+        return False
+
+
+def _agrees(dtype: torch.dtype) -> bool:
+    """Every form that is used here beside torch's own, on a small product that has an exact order of magnitude."""
+    layer = nn.Linear(48, 32)
+    with torch.no_grad():
+        layer.weight.copy_(torch.arange(48 * 32).reshape(32, 48).remainder(7) / 7 - 0.4)
+        layer.bias.copy_(torch.arange(32) / 32)
+        layer = layer.to(dtype)
+        states = (torch.arange(5 * 48).reshape(5, 48).remainder(11) / 11 - 0.5).to(dtype)
+        product = linear(states.float(), layer.weight.float(), layer.bias.float())
+        functions = {
+            PLAIN: product,
+            Fused("gelu", "none"): gelu(product),
+            Fused("gelu", "tanh"): gelu(product, approximate="tanh"),
+            Fused("swish", ""): silu(product),
+        }
+        tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+        other = torch.arange(5 * 32).reshape(5, 32).to(dtype) / 160
+        results = [
+            (PackedLinear(layer).times(states, other), product * other),
+            (PackedLinear(layer).plus(states, other), product + other),
+            *((PackedLinear(layer, fused)(states), expected) for fused, expected in functions.items()),
+        ]
+        return all(
+            torch.allclose(result.float(), expected.float(), rtol=tolerance, atol=tolerance)
+            for result, expected in results
+        )

@@ -1,0 +1,103 @@
+"""Linear layers laid out for the processor compute what they computed before."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from transformers import GemmaConfig, GemmaModel, LlamaConfig, LlamaModel, XLMRobertaConfig, XLMRobertaModel
+
+from bge_rerank_plugins.core import linear
+
+SMALL = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+MODELS = {
+    "gelu": lambda: XLMRobertaModel(XLMRobertaConfig(**SMALL, initializer_range=0.5), add_pooling_layer=False),
+    "relu": lambda: XLMRobertaModel(
+        XLMRobertaConfig(**SMALL, initializer_range=0.5, hidden_act="relu"), add_pooling_layer=False
+    ),
+    "gelu_tanh, gated": lambda: GemmaModel(
+        GemmaConfig(**SMALL, num_key_value_heads=1, head_dim=8, initializer_range=0.5)
+    ),
+    "silu, gated": lambda: LlamaModel(LlamaConfig(**SMALL, num_key_value_heads=2, initializer_range=0.5)),
+}
+needs_operators = pytest.mark.skipif(not linear.can_pack(torch.float32), reason="this torch has no such operators")
+
+
+def made(name: str, dtype: torch.dtype) -> Any:
+    torch.manual_seed(0)
+    return MODELS[name]().eval().requires_grad_(False).to(dtype)
+
+
+@needs_operators
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 0.2)])
+@pytest.mark.parametrize("name", MODELS)
+def test_a_packed_model_is_the_same_function(name: str, dtype: torch.dtype, tolerance: float) -> None:
+    if not linear.can_pack(dtype):
+        pytest.skip(f"no {dtype} on this processor")
+    model = made(name, dtype)
+    ids = torch.arange(10, 40)[None]
+    with torch.inference_mode():
+        want = model(input_ids=ids).last_hidden_state.float()
+        linear.pack_linear_layers(model)
+        got = model(input_ids=ids).last_hidden_state.float()
+    assert not [module for module in model.modules() if type(module) is nn.Linear], "a layer was left out"
+    torch.testing.assert_close(got, want, atol=tolerance * float(want.abs().mean()), rtol=tolerance)
+
+
+@needs_operators
+@pytest.mark.parametrize("fused", [linear.PLAIN, *dict.fromkeys(linear.ACTIVATIONS.values())])
+@given(rows=st.integers(1, 70), inputs=st.integers(1, 70), outputs=st.integers(1, 70), bias=st.booleans())
+@settings(max_examples=25, deadline=None)
+def test_a_packed_layer_takes_any_shape(fused: linear.Fused, rows: int, inputs: int, outputs: int, bias: bool) -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(inputs, outputs, bias=bias).requires_grad_(False)
+    functions = {linear.PLAIN: nn.Identity(), **{fused: kind() for kind, fused in linear.ACTIVATIONS.items()}}
+    states = torch.randn(1, rows, inputs)
+    packed = linear.PackedLinear(layer, fused)
+    product = layer(states)
+    torch.testing.assert_close(packed(states), functions[fused](product), atol=1e-5, rtol=1e-4)
+    plain, other = linear.PackedLinear(layer), torch.randn(1, rows, outputs)
+    torch.testing.assert_close(plain.times(states, other), product * other, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(plain.plus(states, other), product + other, atol=1e-5, rtol=1e-4)
+
+
+def missing(*_: object) -> None:
+    raise AttributeError("no such operator")
+
+
+def other_arguments(*_: object) -> None:
+    raise RuntimeError("expected at most 3 arguments")
+
+
+def something_else(states: torch.Tensor, *_: object) -> torch.Tensor:
+    return torch.zeros(*states.shape[:-1], 32, dtype=states.dtype)
+
+
+@pytest.mark.parametrize("operator", [missing, other_arguments, something_else])
+def test_operators_that_are_gone_or_differ_leave_the_layers_as_they_are(
+    operator: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changed = SimpleNamespace(
+        _linear_pointwise=operator,
+        _reorder_linear_weight=lambda weight: weight,
+        _is_mkldnn_bf16_supported=lambda: True,
+    )
+    linear.can_pack.cache_clear()
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(linear.torch.ops, "mkldnn", changed, raising=False)
+            model = made("gelu", torch.float32)
+            linear.pack_linear_layers(model)
+    finally:
+        linear.can_pack.cache_clear()
+    assert [module for module in model.modules() if type(module) is nn.Linear]
+    with torch.inference_mode():
+        model(input_ids=torch.arange(10, 40)[None])
+
+
+def test_half_precision_without_hardware_for_it_is_left_alone() -> None:
+    assert not linear.can_pack(torch.float16)
+    assert not linear.can_pack(torch.float64)
