@@ -308,7 +308,7 @@ class Scorer:
             if self._finalizer is not None:
                 self._finalizer.detach()
         if engine is not None:
-            from .core.engine import release
+            from .core.registry import release
 
             release(engine)
 
@@ -344,7 +344,7 @@ class Scorer:
             if self._closed:
                 raise RuntimeError("this Scorer is closed")
             if self._engine is None or not self._engine.usable:
-                from .core.engine import acquire, release_when_collected
+                from .core.registry import acquire, release_when_collected
 
                 if self._finalizer is not None:
                     self._finalizer()
@@ -373,7 +373,7 @@ class Scorer:
             raise
 
     def _give_up(self, engine: Engine) -> None:
-        from .core.engine import release
+        from .core.registry import release
 
         with self._lock:
             if self._engine is not engine:

@@ -234,14 +234,14 @@ def test_scorers_with_equal_settings_share_one_model_until_the_last_is_closed(en
 
 
 def test_a_scorer_that_is_forgotten_gives_its_model_back(encoder_dir: str) -> None:
-    from bge_rerank_plugins.core import engine
+    from bge_rerank_plugins.core import registry
 
-    before = set(engine._engines)
+    before = set(registry._engines)
     scorer = Scorer(encoder_dir, query_instruction="forgotten ")
     scorer.warmup()
-    assert set(engine._engines) != before
+    assert set(registry._engines) != before
     del scorer
-    assert set(engine._engines) == before
+    assert set(registry._engines) == before
 
 
 @pytest.mark.parametrize("copier", [copy.deepcopy, lambda scorer: pickle.loads(pickle.dumps(scorer))])
@@ -288,7 +288,7 @@ from bge_rerank_plugins.core import engine
 def main():
     Scorer({encoder_dir!r}).score("a", ["b"])
 main()
-workers = [worker for each in engine._live for worker in each._workers]
+workers = [worker for each in engine.live for worker in each._workers]
 import atexit
 atexit._run_exitfuncs()
 print([worker.is_alive() for worker in workers])

@@ -12,7 +12,6 @@ goes on. If the worker itself dies, everyone who waits is told at once.
 
 from __future__ import annotations
 
-import atexit
 import logging
 import math
 import os
@@ -32,13 +31,13 @@ from .packing import TokenSequence, pack_sequences
 from .schedule import Job, Pair, Request, Schedule
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
     from ..settings import RerankSettings
 
 logger = logging.getLogger("bge_rerank_plugins")
 
-DEFAULT_BUDGET = {"cpu": 2048, "cuda": 16384}
+DEFAULT_BUDGET = {"cpu": 4096, "cuda": 16384}
 OTHER_BUDGET = 8192
 STOP_TIMEOUT = 30.0
 """Seconds that `close` waits for the pack that a worker is at."""
@@ -50,10 +49,19 @@ PACKS_BEFORE_GROWTH = 32
 _NOT_LOADED = {"normalize", "show_progress", "long_passages"}
 
 
+def key_of(settings: RerankSettings) -> str:
+    """Equal for settings that one engine can serve."""
+    return settings.model_dump_json(exclude=_NOT_LOADED) + repr(settings.token)
+
+
 FORKED = (
     "this process was forked after a model was loaded, and a forked copy of torch's threads cannot compute: "
     "start the child with the 'spawn' method, or load the model in the children only"
 )
+
+
+# Engines with a running worker hold themselves alive through it, those among them that were given back, too.
+live: weakref.WeakSet[Engine] = weakref.WeakSet()
 
 
 class EngineClosedError(RuntimeError):
@@ -116,7 +124,7 @@ class Engine:
             threading.Thread(target=self._work, args=(index, name), name=f"bge-rerank-{name or 'device'}", daemon=True)
             for index, name in enumerate(names)
         ]
-        _live.add(self)
+        live.add(self)
         for worker in self._workers:
             worker.start()
 
@@ -127,7 +135,7 @@ class Engine:
 
     def serves(self, settings: RerankSettings) -> bool:
         """Whether this is the engine for these settings."""
-        return self.usable and _key(settings) == _key(self._settings)
+        return self.usable and key_of(settings) == key_of(self._settings)
 
     @property
     def tokenizer_thread(self) -> ThreadPoolExecutor:
@@ -372,68 +380,3 @@ def _explained(error: torch.OutOfMemoryError, pair: Pair, worker: _Worker) -> Ex
     )
     explained.__cause__ = error
     return explained
-
-
-# Engines with a running worker hold themselves alive through it, those among them that were given back, too.
-_live: weakref.WeakSet[Engine] = weakref.WeakSet()
-
-# Equal settings share one engine in a process. The last one to release it closes it.
-
-_lock = threading.RLock()  # re-entrant: a garbage collection may release an engine while this thread holds it
-_engines: dict[str, tuple[Engine, int]] = {}
-_forked_after_load = False
-
-
-def acquire(settings: RerankSettings) -> Engine:
-    """The engine for these settings, started if there is none. To be given back with `release`."""
-    if _forked_after_load and torch.get_num_threads() > 1:  # torch's threads would wait for each other for ever
-        raise RuntimeError(FORKED)
-    key = _key(settings)
-    with _lock:
-        engine, holders = _engines.get(key, (None, 0))
-        if engine is None or not engine.usable:
-            engine, holders = Engine(settings), 0
-        _engines[key] = (engine, holders + 1)
-        return engine
-
-
-def release(engine: Engine, *, wait: bool = True) -> None:
-    """Gives an engine back; the last one to do so closes it, and waits until it has stopped unless told not to."""
-    with _lock:
-        for key, (known, holders) in list(_engines.items()):
-            if known is engine:
-                if holders > 1:
-                    _engines[key] = (engine, holders - 1)
-                    return
-                del _engines[key]
-    engine.close(wait=wait)
-
-
-def release_when_collected(owner: object, engine: Engine) -> Callable[[], object]:
-    """Releases the engine when `owner` is garbage-collected, or when what is returned is called, once."""
-    return weakref.finalize(owner, release, engine, wait=False)
-
-
-def _key(settings: RerankSettings) -> str:
-    return settings.model_dump_json(exclude=_NOT_LOADED) + repr(settings.token)
-
-
-@atexit.register
-def _close_all() -> None:
-    """Waits for every worker: one that freed its tensors while the interpreter goes down would abort the process."""
-    with _lock:
-        _engines.clear()
-    for engine in list(_live):
-        engine.close_at_exit()
-
-
-def _after_fork() -> None:
-    global _lock, _forked_after_load
-    _lock = threading.RLock()
-    _forked_after_load = _forked_after_load or bool(_engines)
-    _engines.clear()
-    _live.clear()
-
-
-if hasattr(os, "register_at_fork"):  # not on Windows
-    os.register_at_fork(after_in_child=_after_fork)
