@@ -1,0 +1,67 @@
+"""Command-line flags made from the fields of a pydantic model, so that no option is described twice."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable
+from types import NoneType
+from typing import Any, Literal, get_args, get_origin
+
+from pydantic import BaseModel
+
+from .settings import RerankSettings
+
+
+def add_settings(parser: argparse.ArgumentParser, default_model: str | None = None) -> None:
+    """Adds a flag for every option of `RerankSettings`; one for the model only where it has a default."""
+    group = parser.add_argument_group("model and scoring")
+    if default_model is not None:
+        description = RerankSettings.model_fields["model"].description
+        group.add_argument("--model", default=default_model, help=f"{description} (default: {default_model})")
+    add_fields(group, RerankSettings, [name for name in RerankSettings.model_fields if name != "model"])
+
+
+def add_fields(
+    parser: argparse.ArgumentParser | argparse._ArgumentGroup, model: type[BaseModel], names: Iterable[str]
+) -> None:
+    """Adds a flag for each of these fields. What is not given on the command line stays out of the namespace."""
+    for name in names:
+        field = model.model_fields[name]
+        text = (field.description or "").replace("%", "%%")
+        if field.default not in (None, False, ""):
+            text += f" (default: {field.default})"
+        parser.add_argument(
+            flag_of(name), dest=name, default=argparse.SUPPRESS, help=text, **_flag_kind(field.annotation)
+        )
+
+
+def flag_of(name: str) -> str:
+    """The flag of a field."""
+    return f"--{name.replace('_', '-')}"
+
+
+def _flag_kind(annotation: Any) -> dict[str, Any]:
+    """How argparse reads a field of this type."""
+    if get_origin(annotation) is Literal:
+        return {"choices": get_args(annotation)}
+    kinds = [kind for kind in get_args(annotation) or (annotation,) if kind is not NoneType]
+    if bool in kinds:
+        return {"action": argparse.BooleanOptionalAction}
+    if any(get_origin(kind) is list for kind in kinds):
+        return {"type": _one_or_list, "metavar": "X[,X...]"}
+    return {"type": kinds[0], "metavar": {int: "N", float: "X"}.get(kinds[0], "TEXT")}
+
+
+def _one_or_list(text: str) -> str | list[str]:
+    return text.split(",") if "," in text else text
+
+
+def given(arguments: argparse.Namespace, name: str) -> Any:
+    """What the user gave for a field, or None."""
+    return getattr(arguments, name, None)
+
+
+def settings_of(arguments: argparse.Namespace, **fixed: Any) -> RerankSettings:
+    """The options of the scorer among the arguments, with some of them fixed."""
+    values = {name: value for name, value in vars(arguments).items() if name in RerankSettings.model_fields}
+    return RerankSettings(**(values | fixed))

@@ -1,0 +1,115 @@
+"""JSON lines from users: one object a line, every malformed one named by its file and number.
+
+Knows nothing of what the objects mean.
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator
+from types import NoneType
+from typing import Any, NamedTuple
+
+
+class InputError(ValueError):
+    """What was given cannot be used; the message is one line for the user."""
+
+
+class Line(NamedTuple):
+    """One line of input.
+
+    Attributes:
+        place: The file and the line's number, for messages.
+        record: The JSON object, all its keys.
+    """
+
+    place: str
+    record: dict[str, Any]
+
+
+def read_lines(source: Iterable[bytes], name: str, check: Callable[[dict[str, Any]], None]) -> Iterator[Line]:
+    """Reads lines one by one; blank ones are skipped.
+
+    Args:
+        source: The lines, UTF-8.
+        name: Name of the file, for messages.
+        check: Raises ValueError for an object that is not what is expected.
+
+    Raises:
+        InputError: A malformed line; the message tells the file, the line's number and why.
+    """
+    for number, raw in enumerate(source, start=1):
+        text = (raw.removeprefix(codecs.BOM_UTF8) if number == 1 else raw).rstrip()
+        if not text:
+            continue
+        place = f"{name}:{number}"
+        try:
+            record = _record(text)
+            check(record)
+            yield Line(place, record)
+        except ValueError as error:
+            raise InputError(f"{place}: {error}") from error
+
+
+def check_text(record: dict[str, Any], key: str) -> None:
+    """Raises ValueError unless the object has a string there."""
+    _check_key(record, key)
+    if not isinstance(record[key], str):
+        raise ValueError(f'"{key}" is {json_kind(record[key])}, expected a string')
+
+
+def check_texts(record: dict[str, Any], key: str) -> None:
+    """Raises ValueError unless the object has an array of strings there."""
+    _check_key(record, key)
+    if not isinstance(record[key], list):
+        raise ValueError(f'"{key}" is {json_kind(record[key])}, expected an array of strings')
+    for index, text in enumerate(record[key]):
+        if not isinstance(text, str):
+            raise ValueError(f'"{key}"[{index}] is {json_kind(text)}, expected a string')
+
+
+def _check_key(record: dict[str, Any], key: str) -> None:
+    if key not in record:
+        raise ValueError(f'no "{key}"')
+
+
+def _record(raw: bytes) -> dict[str, Any]:
+    try:
+        record = json.loads(raw.decode(), parse_constant=_no_constant, parse_float=_finite)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8: {error.reason} at byte {error.start + 1}") from error
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON: {error.msg} at column {error.colno}") from error
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+    if not isinstance(record, dict):
+        raise ValueError(f"expected an object, got {json_kind(record)}")
+    try:
+        json_line(record)
+    except UnicodeEncodeError as error:
+        raise ValueError(f"not Unicode text: half of a surrogate pair, {error.object[error.start]!a}") from error
+    return record
+
+
+def json_line(record: dict[str, Any]) -> bytes:
+    """The line of an object, UTF-8."""
+    return json.dumps(record, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+
+
+def json_kind(value: object) -> str:
+    """What JSON calls a value."""
+    kinds = {bool: "a boolean", str: "a string", list: "an array", dict: "an object", NoneType: "null"}
+    return kinds.get(type(value), "a number")
+
+
+def _no_constant(text: str) -> float:
+    raise ValueError(f"not JSON: {text}")
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if math.isinf(number):
+        raise ValueError(f"{text} is beyond a 64-bit float")
+    return number
