@@ -28,12 +28,30 @@ class Shape:
     vocabulary: int
     gated: bool = False
 
-    def flop(self, length: int) -> float:
-        """Floating-point operations of one sequence in the layers; embeddings and the one-row head cost nothing."""
-        projections = self.hidden * self.head_dim * (2 * self.heads + 2 * self.kv_heads)
-        feed_forward = (3 if self.gated else 2) * self.hidden * self.intermediate
-        attention = 2 * length * self.heads * self.head_dim / (2 if self.gated else 1)  # causal: half of it
-        return 2 * self.layers * length * (projections + feed_forward + attention)
+    def products(self) -> list[tuple[int, int, int]]:
+        """(inputs, outputs, how many) of the matrix products of a layer."""
+        width, kv_width = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        return [
+            (self.hidden, width, 1),
+            (self.hidden, kv_width, 2),
+            (width, self.hidden, 1),
+            (self.hidden, self.intermediate, 2 if self.gated else 1),
+            (self.intermediate, self.hidden, 1),
+        ]
+
+    def flop(self, rows: int, keys: int) -> float:
+        """Floating-point operations in the layers for `rows` tokens that see `keys` tokens each on average.
+
+        Embeddings and the one-row head cost nothing.
+        """
+        parameters = sum(inputs * outputs * count for inputs, outputs, count in self.products())
+        return 2 * self.layers * rows * (parameters + 2 * keys * self.heads * self.head_dim)
+
+    def necessary_flop(self, length: int, prefix: int) -> tuple[float, float]:
+        """Operations of one sequence: of its first `prefix` tokens, which others may share, and of the rest."""
+        if not self.gated:
+            return 0.0, self.flop(length, length)
+        return self.flop(prefix, prefix // 2), self.flop(length - prefix, (prefix + length) // 2)
 
 
 @dataclass(frozen=True)

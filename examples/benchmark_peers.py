@@ -120,7 +120,7 @@ def _model_card_decoder(directory: Path, dtype: torch.dtype, device: str) -> Sco
 
 
 def _model_card_layerwise(directory: Path, dtype: torch.dtype, device: str) -> Score:
-    """The model card's procedure on transformers' Granite: the published class does not run on transformers 5."""
+    """The card's procedure, one padded batch, on transformers' Granite: the published class does not run on transformers 5."""
     from transformers import PreTrainedTokenizerFast
 
     from bge_rerank_plugins.core.layerwise import LayerwiseModel, _granite_config
@@ -138,7 +138,7 @@ def _model_card_layerwise(directory: Path, dtype: torch.dtype, device: str) -> S
             hidden = model.model(**inputs, position_ids=positions, use_cache=False).last_hidden_state
             return list(model.lm_head[-1]["linear_head"](hidden)[:, -1, 0].float().tolist())
 
-    return _in_batches(16, score)
+    return score
 
 
 PEERS: dict[str, dict[str, Make]] = {
