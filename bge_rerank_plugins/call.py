@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from .core.engine import Engine
     from .core.families import Family
-    from .core.packing import TokenSequence
+    from .core.sequences import TokenSequence
 
 ENCODE_AT_ONCE = 32
 """Passages that are tokenised before the device gets them, so that it starts while the rest is tokenised."""

@@ -215,7 +215,7 @@ def _lengths(directory: Path, family: str, workload: Workload) -> tuple[list[int
     """Tokens of each pair, the prompt and the query included, and how many of them a pair shares with the others."""
     from bge_rerank_plugins import RerankSettings
     from bge_rerank_plugins.core.checkpoint import Checkpoint
-    from bge_rerank_plugins.core.encoder import PairTemplate
+    from bge_rerank_plugins.core.pairs import PairTemplate
     from bge_rerank_plugins.core.prompt import Prompt
 
     settings = RerankSettings(model=str(directory))

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from bge_rerank_plugins.core import attention
-from bge_rerank_plugins.core.packing import Pack, TokenSequence, pack_sequences
+from bge_rerank_plugins.core.packing import Pack, pack_sequences
+from bge_rerank_plugins.core.sequences import TokenSequence
 
 SHARED = pack_sequences(
     [

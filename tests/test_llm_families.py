@@ -22,7 +22,8 @@ from bge_rerank_plugins import Scorer
 from bge_rerank_plugins.core import attention
 from bge_rerank_plugins.core.checkpoint import Checkpoint
 from bge_rerank_plugins.core.families import Family, family_of
-from bge_rerank_plugins.core.packing import TokenSequence, pack_sequences
+from bge_rerank_plugins.core.packing import pack_sequences
+from bge_rerank_plugins.core.sequences import TokenSequence
 from bge_rerank_plugins.settings import RerankSettings
 
 DECODER, LAYERWISE = str(DATA / "decoder"), str(DATA / "layerwise")

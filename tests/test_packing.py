@@ -4,7 +4,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bge_rerank_plugins.core.packing import TokenSequence, pack_sequences
+from bge_rerank_plugins.core.packing import pack_sequences
+from bge_rerank_plugins.core.sequences import TokenSequence
 
 ids = st.lists(st.integers(0, 99), min_size=1, max_size=9)
 

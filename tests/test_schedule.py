@@ -3,8 +3,8 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bge_rerank_plugins.core.packing import TokenSequence
 from bge_rerank_plugins.core.schedule import Job, Pair, Request, Schedule
+from bge_rerank_plugins.core.sequences import TokenSequence
 
 
 def request(*lengths: int) -> Request:

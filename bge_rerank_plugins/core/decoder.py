@@ -14,8 +14,9 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from .linear import pack_linear_layers
-from .packing import Pack, TokenSequence
+from .packing import Pack
 from .prompt import Prompt
+from .sequences import TokenSequence
 
 if TYPE_CHECKING:
     from ..settings import RerankSettings

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -19,8 +18,9 @@ from transformers.activations import GELUActivation
 
 from .attention import attend_from_first_rows
 from .linear import pack_linear_layers
-from .packing import Pack, TokenSequence
-from .windows import split_text
+from .packing import Pack
+from .pairs import BERT, ROBERTA, PairEncoder, PairLayout
+from .sequences import TokenSequence
 
 if TYPE_CHECKING:
     from ..settings import RerankSettings
@@ -32,22 +32,13 @@ class Architecture:
     """What is particular to one architecture.
 
     Attributes:
-        first_position: Position id of a sequence's first token.
-        skips_padding: Whether a padding token that stands in the text (as "<pad>") does not count as a position.
-        token_types: Whether the model tells query from passage by segment.
+        layout: How its pairs are laid out.
         head: Takes the modules that make logits of the first tokens' hidden states, shape (sequences, 1, hidden), out of a
             model, in the order in which they are applied.
     """
 
-    first_position: Callable[[PreTrainedConfig], int]
-    skips_padding: bool
-    token_types: bool
+    layout: PairLayout
     head: Callable[[Any], nn.Sequential]
-
-
-def _after_padding_index(config: PreTrainedConfig) -> int:
-    """RoBERTa counts positions from the one after its padding index; from zero they are silently wrong."""
-    return int(config.pad_token_id) + 1
 
 
 def _pooler_and_classifier(model: Any) -> nn.Sequential:
@@ -56,59 +47,14 @@ def _pooler_and_classifier(model: Any) -> nn.Sequential:
     return nn.Sequential(pooler, model.classifier)
 
 
-_ROBERTA = Architecture(_after_padding_index, True, False, lambda model: nn.Sequential(model.classifier))
-_BERT = Architecture(lambda config: 0, False, True, _pooler_and_classifier)
+_ROBERTA = Architecture(ROBERTA, lambda model: nn.Sequential(model.classifier))
+_BERT = Architecture(BERT, _pooler_and_classifier)
 
 ARCHITECTURES = {
     "XLMRobertaForSequenceClassification": _ROBERTA,
     "RobertaForSequenceClassification": _ROBERTA,
     "BertForSequenceClassification": _BERT,
 }
-
-
-@dataclass(frozen=True)
-class PairTemplate:
-    """Special tokens around a query and a passage, and the segments, as the tokenizer's own template has them."""
-
-    before: tuple[int, ...]
-    between: tuple[int, ...]
-    after: tuple[int, ...]
-    type_ids: tuple[int, int, int, int, int]
-
-    @classmethod
-    def of(cls, tokenizer: Tokenizer) -> PairTemplate:
-        """Read off the tokenizer's post-processor, by sending one pair through it."""
-        query, passage = (tokenizer.encode(text, add_special_tokens=False) for text in ("a", "b"))
-        pair = tokenizer.encode("a", "b")
-        sides = pair.sequence_ids  # 0: query, 1: passage, None: special token
-        q, p = sides.index(0), sides.index(1)
-        q_end, p_end = q + len(query.ids), p + len(passage.ids)
-        if not q < q_end <= p < p_end or pair.ids[q:q_end] != query.ids or pair.ids[p:p_end] != passage.ids:
-            raise ValueError("the tokenizer's template does not put the query before the passage, whole")
-        types = pair.type_ids
-
-        def type_of(start: int, stop: int) -> int:
-            return types[start] if start < stop else 0
-
-        return cls(
-            before=tuple(pair.ids[:q]),
-            between=tuple(pair.ids[q_end:p]),
-            after=tuple(pair.ids[p_end:]),
-            type_ids=(type_of(0, q), types[q], type_of(q_end, p), types[p], type_of(p_end, len(types))),
-        )
-
-    def __len__(self) -> int:
-        """Number of special tokens."""
-        return len(self.before) + len(self.between) + len(self.after)
-
-    def join(self, query: list[int], passage: list[int]) -> list[int]:
-        """Token ids of the pair."""
-        return [*self.before, *query, *self.between, *passage, *self.after]
-
-    def join_types(self, query: list[int], passage: list[int]) -> list[int]:
-        """Segment ids of the pair."""
-        lengths = (len(self.before), len(query), len(self.between), len(passage), len(self.after))
-        return [kind for kind, length in zip(self.type_ids, lengths, strict=True) for _ in range(length)]
 
 
 class Encoder:
@@ -138,19 +84,9 @@ class Encoder:
         backbone.encoder.layer = layers[:-1]
         self._backbone = backbone
         self._head = architecture.head(model).float()  # scores are float32 from the head on
-        self._first_position = architecture.first_position(model.config)
-        self._skipped = model.config.pad_token_id if architecture.skips_padding else None
-        self._token_types = architecture.token_types
-        self._tokenizer = tokenizer
-        self._template = PairTemplate.of(tokenizer)
-        self._query_instruction = settings.query_instruction or ""
-        self._passage_instruction = settings.passage_instruction or ""
-        self._room = max_length - len(self._template)
-        if self._room < 1:
-            raise ValueError(
-                f"max_length={max_length}: no room for text beside the {len(self._template)} special tokens of a pair"
-            )
-        self._query_room = min(settings.query_max_length or max_length * 3 // 4, self._room)
+        self._first_position = architecture.layout.first_position(model.config.pad_token_id)
+        layout = architecture.layout
+        self._pairs = PairEncoder(tokenizer, layout, int(model.config.pad_token_id or 0), settings, max_length)
 
     @classmethod
     def load(
@@ -184,29 +120,11 @@ class Encoder:
 
     def encode(self, query: str, passages: Sequence[str]) -> list[TokenSequence]:
         """The query cut to `query_max_length` and the template's special tokens, then the passage cut to what is left."""
-        query_ids = self._ids([self._query_instruction + query])[0][: self._query_room]
-        room = self._room - len(query_ids)
-        passage_ids = self._ids([self._passage_instruction + passage for passage in passages])
-        return [self._sequence(query_ids, ids, room) for ids in passage_ids]
+        return self._pairs.encode(query, passages)
 
     def windows(self, query: str, passage: str) -> list[str]:
         """The passage in parts that fit beside the query, each overlapping the next; the passage itself if it fits."""
-        room = self._room - len(self._ids([self._query_instruction + query])[0][: self._query_room])
-        return split_text(self._tokenizer, passage, room, self._passage_instruction)
-
-    def _sequence(self, query_ids: list[int], passage_ids: list[int], room: int) -> TokenSequence:
-        truncated = len(passage_ids) > room
-        passage_ids = passage_ids[:room]
-        input_ids = self._template.join(query_ids, passage_ids)
-        return TokenSequence(
-            input_ids=input_ids,
-            token_type_ids=self._template.join_types(query_ids, passage_ids) if self._token_types else None,
-            position_ids=_positions_without(self._skipped, input_ids) if self._skipped in input_ids else None,
-            truncated=truncated,
-        )
-
-    def _ids(self, texts: list[str]) -> list[list[int]]:
-        return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+        return self._pairs.windows(query, passage)
 
     def forward(self, pack: Pack, cutoff_layers: Sequence[int] = ()) -> Tensor:
         """Logits of the pack's sequences. Shape (sequences,), float32."""
@@ -279,7 +197,7 @@ def _checked(checkpoint: Checkpoint, settings: RerankSettings) -> tuple[PreTrain
             f"model={checkpoint.model!r}: position_embedding_type={kind!r} is not supported, only 'absolute'"
         )
     architecture = _architecture_of(config, checkpoint)
-    first_position = architecture.first_position(config)
+    first_position = architecture.layout.first_position(config.pad_token_id)
     max_length = checkpoint.max_length(settings.max_length, config.max_position_embeddings - first_position)
     return config, architecture, max_length
 
@@ -290,9 +208,3 @@ def _architecture_of(config: PreTrainedConfig, checkpoint: Checkpoint) -> Archit
     if model_class not in ARCHITECTURES:
         raise ValueError(f"model={checkpoint.model!r}: {model_class} is not supported, only {', '.join(ARCHITECTURES)}")
     return ARCHITECTURES[model_class]
-
-
-def _positions_without(skipped: int | None, input_ids: list[int]) -> list[int]:
-    """Zero-based positions where `skipped` ids do not count and stand themselves one before the first."""
-    counted = accumulate(token != skipped for token in input_ids)
-    return [-1 if token == skipped else count - 1 for token, count in zip(input_ids, counted, strict=True)]

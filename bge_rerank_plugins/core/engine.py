@@ -27,8 +27,9 @@ import torch
 from .checkpoint import Checkpoint
 from .device import Precision, choose_device, choose_precision
 from .families import Family, family_of
-from .packing import TokenSequence, pack_sequences
+from .packing import pack_sequences
 from .schedule import Job, Pair, Request, Schedule
+from .sequences import TokenSequence
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

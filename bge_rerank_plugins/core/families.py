@@ -12,7 +12,8 @@ from .checkpoint import Checkpoint
 from .decoder import Decoder
 from .encoder import Encoder
 from .layerwise import Layerwise
-from .packing import Pack, TokenSequence
+from .packing import Pack
+from .sequences import TokenSequence
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -17,8 +17,9 @@ from transformers import GraniteConfig, GraniteModel
 from transformers.models.granite.modeling_granite import GranitePreTrainedModel
 
 from .linear import pack_linear_layers
-from .packing import Pack, TokenSequence
+from .packing import Pack
 from .prompt import Prompt
+from .sequences import TokenSequence
 
 if TYPE_CHECKING:
     from ..settings import RerankSettings

@@ -10,7 +10,7 @@ import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from .packing import TokenSequence
+from .sequences import TokenSequence
 from .windows import split_text
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from .packing import TokenSequence
+from .sequences import TokenSequence
 
 OLDEST_SHARE = 1 / 8
 

@@ -1,0 +1,149 @@
+"""Token ids of a query-passage pair as cross-encoders take it: the tokenizer's own template around both, cut to fit.
+
+Knows nothing of torch, so that a graph runtime can use it alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import TYPE_CHECKING
+
+from tokenizers import Tokenizer
+
+from .sequences import TokenSequence
+from .windows import split_text
+
+if TYPE_CHECKING:
+    from ..settings import RerankSettings
+
+
+@dataclass(frozen=True)
+class PairLayout:
+    """How an architecture lays out a pair.
+
+    Attributes:
+        skips_padding: Whether positions are counted from the one after the padding index, as RoBERTa does (from zero they
+            are silently wrong), and a padding token that stands in the text (as "<pad>") does not count as a position.
+        token_types: Whether the model tells query from passage by segment.
+    """
+
+    skips_padding: bool
+    token_types: bool
+
+    def first_position(self, padding: int | None) -> int:
+        """Position id of a sequence's first token."""
+        return int(padding or 0) + 1 if self.skips_padding else 0
+
+
+ROBERTA = PairLayout(skips_padding=True, token_types=False)
+BERT = PairLayout(skips_padding=False, token_types=True)
+
+
+@dataclass(frozen=True)
+class PairTemplate:
+    """Special tokens around a query and a passage, and the segments, as the tokenizer's own template has them."""
+
+    before: tuple[int, ...]
+    between: tuple[int, ...]
+    after: tuple[int, ...]
+    type_ids: tuple[int, int, int, int, int]
+
+    @classmethod
+    def of(cls, tokenizer: Tokenizer) -> PairTemplate:
+        """Read off the tokenizer's post-processor, by sending one pair through it."""
+        query, passage = (tokenizer.encode(text, add_special_tokens=False) for text in ("a", "b"))
+        pair = tokenizer.encode("a", "b")
+        sides = pair.sequence_ids  # 0: query, 1: passage, None: special token
+        q, p = sides.index(0), sides.index(1)
+        q_end, p_end = q + len(query.ids), p + len(passage.ids)
+        if not q < q_end <= p < p_end or pair.ids[q:q_end] != query.ids or pair.ids[p:p_end] != passage.ids:
+            raise ValueError("the tokenizer's template does not put the query before the passage, whole")
+        types = pair.type_ids
+
+        def type_of(start: int, stop: int) -> int:
+            return types[start] if start < stop else 0
+
+        return cls(
+            before=tuple(pair.ids[:q]),
+            between=tuple(pair.ids[q_end:p]),
+            after=tuple(pair.ids[p_end:]),
+            type_ids=(type_of(0, q), types[q], type_of(q_end, p), types[p], type_of(p_end, len(types))),
+        )
+
+    def __len__(self) -> int:
+        """Number of special tokens."""
+        return len(self.before) + len(self.between) + len(self.after)
+
+    def join(self, query: list[int], passage: list[int]) -> list[int]:
+        """Token ids of the pair."""
+        return [*self.before, *query, *self.between, *passage, *self.after]
+
+    def join_types(self, query: list[int], passage: list[int]) -> list[int]:
+        """Segment ids of the pair."""
+        lengths = (len(self.before), len(query), len(self.between), len(passage), len(self.after))
+        return [kind for kind, length in zip(self.type_ids, lengths, strict=True) for _ in range(length)]
+
+
+class PairEncoder:
+    """Pairs as token ids; safe to call from many threads at once.
+
+    Args:
+        tokenizer: The tokenizer, its truncation and padding switched off.
+        layout: How the architecture lays out a pair.
+        padding: Id of the padding token.
+        settings: Instructions and the longest query.
+        max_length: Longest pair in tokens.
+
+    Raises:
+        ValueError: There is no room for text beside the special tokens; a template that does not hold query and passage.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, layout: PairLayout, padding: int, settings: RerankSettings, max_length: int
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._skipped = padding if layout.skips_padding else None
+        self._token_types = layout.token_types
+        self._template = PairTemplate.of(tokenizer)
+        self._query_instruction = settings.query_instruction or ""
+        self._passage_instruction = settings.passage_instruction or ""
+        self._room = max_length - len(self._template)
+        if self._room < 1:
+            raise ValueError(
+                f"max_length={max_length}: no room for text beside the {len(self._template)} special tokens of a pair"
+            )
+        self._query_room = min(settings.query_max_length or max_length * 3 // 4, self._room)
+
+    def encode(self, query: str, passages: Sequence[str]) -> list[TokenSequence]:
+        """The query cut to its longest and the template's special tokens, then the passage cut to what is left."""
+        query_ids = self._ids([self._query_instruction + query])[0][: self._query_room]
+        room = self._room - len(query_ids)
+        passage_ids = self._ids([self._passage_instruction + passage for passage in passages])
+        return [self._sequence(query_ids, ids, room) for ids in passage_ids]
+
+    def windows(self, query: str, passage: str) -> list[str]:
+        """The passage in parts that fit beside the query, each overlapping the next; the passage itself if it fits."""
+        room = self._room - len(self._ids([self._query_instruction + query])[0][: self._query_room])
+        return split_text(self._tokenizer, passage, room, self._passage_instruction)
+
+    def _sequence(self, query_ids: list[int], passage_ids: list[int], room: int) -> TokenSequence:
+        truncated = len(passage_ids) > room
+        passage_ids = passage_ids[:room]
+        input_ids = self._template.join(query_ids, passage_ids)
+        return TokenSequence(
+            input_ids=input_ids,
+            token_type_ids=self._template.join_types(query_ids, passage_ids) if self._token_types else None,
+            position_ids=_positions_without(self._skipped, input_ids) if self._skipped in input_ids else None,
+            truncated=truncated,
+        )
+
+    def _ids(self, texts: list[str]) -> list[list[int]]:
+        return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+
+
+def _positions_without(skipped: int | None, input_ids: list[int]) -> list[int]:
+    """Zero-based positions where `skipped` ids do not count and stand themselves one before the first."""
+    counted = accumulate(token != skipped for token in input_ids)
+    return [-1 if token == skipped else count - 1 for token, count in zip(input_ids, counted, strict=True)]

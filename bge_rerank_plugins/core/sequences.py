@@ -1,0 +1,27 @@
+"""Token ids of one query-passage pair: what families make of text, and packs are made of. Knows nothing of torch."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class TokenSequence:
+    """One query-passage pair as token ids.
+
+    Attributes:
+        input_ids: All ids of the pair, those of the shared prefix included.
+        token_type_ids: Segment of every id, or None where the model has no segments.
+        position_ids: Zero-based position of every id, or None for 0, 1, 2, ...
+        prefix: Number of leading ids that this sequence shares with the sequences of the same `group`.
+        group: Sequences with equal groups have equal prefixes. Meaningless while `prefix` is 0.
+        truncated: Whether the passage was cut to fit.
+    """
+
+    input_ids: list[int]
+    token_type_ids: list[int] | None = None
+    position_ids: list[int] | None = None
+    prefix: int = 0
+    group: int = 0
+    truncated: bool = False
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
