@@ -252,6 +252,24 @@ def _verify(arguments: argparse.Namespace) -> None:
         raise InputError(f"model={settings.model!r}: scores differ from the published ones by more than {TOLERANCE}")
 
 
+def _add_export(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help=RerankSettings.model_fields["model"].description)
+    parser.add_argument("directory", metavar="DIR", type=Path, help="where to write it; must be empty or new")
+    parser.add_argument("--int8", action="store_true", help="write a graph with 8-bit weights, too")
+    add_settings(parser)
+
+
+def _export(arguments: argparse.Namespace) -> None:
+    from .export import QUANTIZED, export_onnx
+    from .onnx import GRAPH
+
+    report = export_onnx(settings_of(arguments), arguments.directory, int8=arguments.int8)
+    facts = {GRAPH: f"scores within {report.difference:.0e} of torch's"}
+    if report.correlation is not None:
+        facts[QUANTIZED] = f"rank correlation {report.correlation:.3f} with torch's scores"
+    print_facts(facts)
+
+
 COMMANDS = {
     "rerank": Command(
         "Order the passages of each line of a file by how well they answer its query.", _add_rerank, _rerank
@@ -261,6 +279,7 @@ COMMANDS = {
         "Compare the layers of a layerwise model: agreement with the top one, and time.", _add_layers, _layers
     ),
     "verify": Command("Check a model against the scores that its card publishes.", _add_verify, _verify),
+    "export-onnx": Command("Write a cross-encoder as an ONNX graph, checked against torch.", _add_export, _export),
     "demo": Command("Search the documentation of this Python's standard library: before and after.", _add_demo, _demo),
 }
 

@@ -3,6 +3,7 @@
 import importlib
 import json
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,29 @@ def _flag_embedding(batch_size: int | None) -> Make:
             return [float(s) for s in reranker.compute_score([(query, passage) for passage in passages])]
 
         return score
+
+    return make
+
+
+@cache
+def _exported(directory: Path) -> Path:
+    """The checkpoint as a graph, with an int8 one beside it."""
+    from bge_rerank_plugins import RerankSettings
+    from bge_rerank_plugins.export import export_onnx
+
+    for name in ("onnxruntime", "onnx", "onnxscript"):
+        _import(name, "'bge-rerank-plugins[onnx-export]'")
+    export_onnx(RerankSettings(model=str(directory)), directory / "exported", int8=True)
+    return directory / "exported"
+
+
+def _onnx_runtime(file: str) -> Make:
+    """ONNX Runtime through `OnnxScorer`, in sorted batches."""
+
+    def make(directory: Path, dtype: torch.dtype, device: str) -> Score:
+        from bge_rerank_plugins.onnx import OnnxScorer
+
+        return OnnxScorer(str(_exported(directory)), file=file, device=device).score
 
     return make
 
@@ -148,6 +172,8 @@ PEERS: dict[str, dict[str, Make]] = {
         "FlagEmbedding, defaults": _flag_embedding(None),
         "FlagEmbedding, batches of 8": _flag_embedding(8),
         "transformers, as the model card": _model_card_encoder,
+        "OnnxScorer, float32": _onnx_runtime("onnx/model.onnx"),
+        "OnnxScorer, int8": _onnx_runtime("onnx/model_quantized.onnx"),
     },
     "decoder": {"transformers, as the model card": _model_card_decoder},
     "layerwise": {"transformers, as the model card": _model_card_layerwise},

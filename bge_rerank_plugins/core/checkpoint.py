@@ -23,11 +23,10 @@ from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import cached_file
 
 from .attention import ATTENTION
+from .sequences import longest_pair
 
 if TYPE_CHECKING:
     from ..settings import RerankSettings
-
-PUBLISHED_LENGTH = 1024
 
 # Without one of these, transformers makes up an empty tokenizer in silence.
 _VOCABULARIES = ("sentencepiece.bpe.model", "tokenizer.model", "spiece.model", "vocab.txt", "vocab.json")
@@ -146,11 +145,7 @@ class Checkpoint:
         Raises:
             ValueError: More is asked for than there is.
         """
-        if asked is None:
-            return min(PUBLISHED_LENGTH, positions)
-        if asked > positions:
-            raise ValueError(f"max_length={asked}: the positions of {self.model!r} allow at most {positions}")
-        return asked
+        return longest_pair(asked, positions, self.model)
 
     def tokenizer(self) -> PreTrainedTokenizerFast:
         """The tokenizer as published, with its truncation and padding switched off once, before anyone shares it.

@@ -98,7 +98,7 @@ class Encoder:
             ValueError: An option that cross-encoders do not have, a `max_length` beyond the positions, more than one label,
                 a head that is not in the files.
         """
-        config, architecture, max_length = _checked(checkpoint, settings)
+        config, architecture, max_length = checked_config(checkpoint, settings)
         tokenizer = checkpoint.tokenizer().backend_tokenizer
         model = checkpoint.load(AutoModelForSequenceClassification, config, dtype, device)
         return cls(model, tokenizer, settings, max_length, architecture)
@@ -110,7 +110,7 @@ class Encoder:
         Raises:
             ValueError: As `load`, but for what only the weights can tell.
         """
-        config, _, max_length = _checked(checkpoint, settings)
+        config, _, max_length = checked_config(checkpoint, settings)
         return {
             "layers": str(config.num_hidden_layers),
             "hidden size": str(config.hidden_size),
@@ -177,7 +177,7 @@ def _first_rows_after(layer: Any, hidden: Tensor, pack: Pack) -> Tensor:
     return states
 
 
-def _checked(checkpoint: Checkpoint, settings: RerankSettings) -> tuple[PreTrainedConfig, Architecture, int]:
+def checked_config(checkpoint: Checkpoint, settings: RerankSettings) -> tuple[PreTrainedConfig, Architecture, int]:
     """The config, its row of `ARCHITECTURES` and the longest pair, of a checkpoint that these settings fit."""
     for option in ("prompt", "cutoff_layer"):
         if getattr(settings, option) is not None:

@@ -25,3 +25,25 @@ class TokenSequence:
 
     def __len__(self) -> int:
         return len(self.input_ids)
+
+
+PUBLISHED_LENGTH = 1024
+"""Tokens of a pair in the published evaluation."""
+
+
+def longest_pair(asked: int | None, positions: int, model: str) -> int:
+    """Longest pair in tokens.
+
+    Args:
+        asked: The user's `max_length`, or None for the default: `PUBLISHED_LENGTH`, or less where less fits.
+        positions: Number of positions that the checkpoint leaves for a pair.
+        model: The checkpoint's name, for the message.
+
+    Raises:
+        ValueError: More is asked for than there is.
+    """
+    if asked is None:
+        return min(PUBLISHED_LENGTH, positions)
+    if asked > positions:
+        raise ValueError(f"max_length={asked}: the positions of {model!r} allow at most {positions}")
+    return asked

@@ -1,0 +1,300 @@
+"""`OnnxScorer`: cross-encoders on ONNX Runtime, for machines where torch is too much to install or to start.
+
+Takes the published layout (`onnx/model.onnx` beside `config.json` and `tokenizer.json`) or what `bge-rerank export-onnx` writes.
+A graph has no packs, so pairs are sorted by length and padded in batches under a token budget. Imports neither torch nor
+transformers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from .core.pairs import BERT, ROBERTA, PairEncoder
+from .core.sequences import TokenSequence, longest_pair
+from .ranking import RankedPassage, check_cut, rank_scores, sigmoid
+from .settings import RerankSettings
+from .texts import checked_requests, checked_texts, requests_of_pairs
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    from typing_extensions import Self
+
+DEFAULT_BUDGET = {"cpu": 2048, "cuda": 32768}
+GRAPH = "onnx/model.onnx"
+
+LAYOUTS = {"xlm-roberta": ROBERTA, "roberta": ROBERTA, "bert": BERT}
+
+
+class OnnxScorer:
+    """Scores passages with a cross-encoder on ONNX Runtime. Both adapters take one as `scorer=`.
+
+    The graph is loaded at first use. Safe to call from any number of threads and tasks at once. Needs
+    `pip install "bge-rerank-plugins[onnx]"`.
+
+    Args:
+        model: Hub id or local directory that holds the graph, config.json and tokenizer.json.
+        file: The graph in it, such as "onnx/model_quantized.onnx".
+        device: "cpu", "cuda" or "cuda:N"; by default CUDA where ONNX Runtime has it.
+        max_batch_tokens: Most tokens of a batch, padding included; by default by device.
+        max_length, query_max_length, query_instruction, passage_instruction, normalize, revision, cache_dir,
+            local_files_only, token: As in `RerankSettings`.
+
+    Raises:
+        ValueError: An option with an impossible value, or, at first use, a model that cannot be run.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        file: str = GRAPH,
+        device: str | None = None,
+        max_batch_tokens: int | None = None,
+        max_length: int | None = None,
+        query_max_length: int | None = None,
+        query_instruction: str | None = None,
+        passage_instruction: str | None = None,
+        normalize: bool = False,
+        revision: str | None = None,
+        cache_dir: str | None = None,
+        local_files_only: bool = False,
+        token: str | None = None,
+    ) -> None:
+        self._settings = RerankSettings(
+            model=model,
+            device=device,
+            max_batch_tokens=max_batch_tokens,
+            max_length=max_length,
+            query_max_length=query_max_length,
+            query_instruction=query_instruction,
+            passage_instruction=passage_instruction,
+            normalize=normalize,
+            revision=revision,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+            token=token,
+        )
+        self._file = file
+        self._lock = threading.Lock()
+        self._graph: _Graph | None = None
+        self._closed = False
+
+    def score(self, query: str, passages: Sequence[str]) -> list[float]:
+        """Scores passages against a query.
+
+        Args:
+            query: The question.
+            passages: The texts to score.
+
+        Returns:
+            One score per passage, in their order: raw logits, or values in 0..1 with `normalize`.
+
+        Raises:
+            ValueError: Something is not a string; the model cannot be loaded; a score is not a number.
+            RuntimeError: The scorer is closed.
+        """
+        texts = checked_texts(query, passages)
+        return self._scores([(query, texts)])[0] if texts else []
+
+    def score_pairs(self, pairs: Iterable[tuple[str, str]]) -> list[float]:
+        """Scores (query, passage) pairs, one score per pair, in their order."""
+        return [score for scores in self._scores(requests_of_pairs(pairs)) for score in scores]
+
+    def score_batch(self, requests: Iterable[tuple[str, Sequence[str]]]) -> list[list[float]]:
+        """Scores several queries, each with its passages; their pairs share batches."""
+        return self._scores(checked_requests(requests))
+
+    def rank(
+        self, query: str, passages: Sequence[str], top_n: int | None = None, score_threshold: float | None = None
+    ) -> list[RankedPassage]:
+        """Orders passages by score, best first; equal scores keep the order of the input. See `Scorer.rank`."""
+        check_cut(top_n, score_threshold)
+        return rank_scores(self.score(query, passages), top_n, score_threshold)
+
+    async def ascore(self, query: str, passages: Sequence[str]) -> list[float]:
+        """`score` in a thread of the event loop's pool."""
+        return await asyncio.to_thread(self.score, query, passages)
+
+    async def arank(
+        self, query: str, passages: Sequence[str], top_n: int | None = None, score_threshold: float | None = None
+    ) -> list[RankedPassage]:
+        """`rank` in a thread of the event loop's pool."""
+        return await asyncio.to_thread(self.rank, query, passages, top_n, score_threshold)
+
+    def warmup(self) -> None:
+        """Loads the graph and scores one pair, so that the first request does not wait for it."""
+        self._scores([("", [""])])
+
+    def close(self) -> None:
+        """Frees the graph. Safe to call twice."""
+        with self._lock:
+            self._closed = True
+            self._graph = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"OnnxScorer({self._settings.model!r}, file={self._file!r})"
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Settings travel; a loaded graph stays where it is."""
+        return {"_settings": self._settings, "_file": self._file}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._lock = threading.Lock()
+        self._graph = None
+        self._closed = False
+
+    def _scores(self, requests: Sequence[tuple[str, Sequence[str]]]) -> list[list[float]]:
+        if not any(passages for _, passages in requests):
+            return [[] for _ in requests]
+        graph = self._loaded()
+        sequences = [pair for query, passages in requests for pair in graph.pairs.encode(query, passages)]
+        scores = iter(graph.scores(sequences))
+        raw = [[next(scores) for _ in passages] for _, passages in requests]
+        return [[sigmoid(score) for score in row] for row in raw] if self._settings.normalize else raw
+
+    def _loaded(self) -> _Graph:
+        with self._lock:
+            if self._closed:
+                raise RuntimeError("this OnnxScorer is closed")
+            if self._graph is None:
+                self._graph = _load(self._settings, self._file)
+            return self._graph
+
+
+class _Graph(NamedTuple):
+    """A loaded graph, and how text gets into it."""
+
+    session: Any
+    pairs: PairEncoder
+    padding: int
+    budget: int
+
+    def scores(self, sequences: Sequence[TokenSequence]) -> list[float]:
+        """Raw scores, in the order of the sequences."""
+        import numpy as np
+
+        inputs = {node.name for node in self.session.get_inputs()}
+        scores = [math.nan] * len(sequences)
+        for batch in _batches([len(sequence) for sequence in sequences], self.budget):
+            longest = max(len(sequences[i]) for i in batch)
+            columns = {
+                "input_ids": [_padded(sequences[i].input_ids, longest, self.padding) for i in batch],
+                "attention_mask": [_padded([1] * len(sequences[i]), longest, 0) for i in batch],
+                "token_type_ids": [_padded(sequences[i].token_type_ids or [], longest, 0) for i in batch],
+            }
+            feed = {name: np.array(rows, dtype=np.int64) for name, rows in columns.items() if name in inputs}
+            for i, score in zip(batch, self.session.run(None, feed)[0][:, 0].tolist(), strict=True):
+                if not math.isfinite(score):
+                    raise ValueError(f"the graph's score of pair {i} is {score}: its weights or its input overflow")
+                scores[i] = score
+        return scores
+
+
+def _padded(ids: list[int], longest: int, padding: int) -> list[int]:
+    return ids + [padding] * (longest - len(ids))
+
+
+def _batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
+    """Places of pairs of like length, longest first, so that each batch padded to its longest stays within the budget."""
+    batch: list[int] = []
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if batch and lengths[batch[0]] * (len(batch) + 1) > budget:
+            yield batch
+            batch = []
+        batch.append(i)
+    if batch:
+        yield batch
+
+
+def _load(settings: RerankSettings, file: str) -> _Graph:
+    try:
+        import onnxruntime
+        from tokenizers import Tokenizer
+    except ImportError as error:
+        raise ImportError('OnnxScorer needs ONNX Runtime: pip install "bge-rerank-plugins[onnx]"') from error
+    config = json.loads(_needed(settings, "config.json").read_bytes())
+    kind = config.get("model_type")
+    if kind not in LAYOUTS:
+        raise ValueError(f"model={settings.model!r}: model_type={kind!r} is not supported, only {', '.join(LAYOUTS)}")
+    tokenizer = Tokenizer.from_file(str(_needed(settings, "tokenizer.json")))
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    layout, padding = LAYOUTS[kind], int(config.get("pad_token_id") or 0)
+    positions = config["max_position_embeddings"] - layout.first_position(padding)
+    max_length = longest_pair(settings.max_length, positions, settings.model)
+    pairs = PairEncoder(tokenizer, layout, padding, settings, max_length)
+    device, providers = _providers(settings.device, onnxruntime.get_available_providers())
+    graph = _needed(settings, file)
+    for suffix in ("_data", ".data"):  # where a graph over 2 GB has its weights
+        _file(settings, file + suffix)
+    try:
+        session = onnxruntime.InferenceSession(str(graph), providers=providers)
+    except Exception as error:  # what ONNX Runtime raises has no public type
+        raise ValueError(f"model={settings.model!r}: {file} cannot be loaded: {error}") from error
+    shape = session.get_outputs()[0].shape
+    if len(shape) != 2 or shape[1] != 1:
+        raise ValueError(f"model={settings.model!r}: {file} gives {shape}, a reranker one number for each pair")
+    return _Graph(session, pairs, padding, settings.max_batch_tokens or DEFAULT_BUDGET[device])
+
+
+def _providers(device: str | list[str] | None, available: Sequence[str]) -> tuple[str, list[Any]]:
+    """The kind of device, and ONNX Runtime's names for it."""
+    has_cuda = "CUDAExecutionProvider" in available
+    kind, _, index = (device if isinstance(device, str) else "cuda" if has_cuda else "cpu").partition(":")
+    if isinstance(device, list) or kind not in DEFAULT_BUDGET or (kind == "cuda" and not has_cuda):
+        raise ValueError(
+            f"device={device!r}: this ONNX Runtime has {', '.join(available)}; name 'cpu', 'cuda' or 'cuda:N'"
+        )
+    if kind == "cpu":
+        return kind, ["CPUExecutionProvider"]
+    return kind, [("CUDAExecutionProvider", {"device_id": int(index or 0)}), "CPUExecutionProvider"]
+
+
+def _needed(settings: RerankSettings, name: str) -> Path:
+    file = _file(settings, name)
+    if file is None:
+        raise ValueError(f"model={settings.model!r}: it has no {name}")
+    return file
+
+
+def _file(settings: RerankSettings, name: str) -> Path | None:
+    """Local path of a file, downloaded if need be; None if the model has no such file."""
+    local = Path(settings.model)
+    if local.is_dir():
+        return local / name if (local / name).is_file() else None
+    if local.is_absolute() or settings.model.startswith((".", "~")):
+        raise ValueError(f"model={settings.model!r}: no such directory")
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
+
+    try:
+        return Path(
+            hf_hub_download(
+                settings.model,
+                name,
+                revision=settings.revision,
+                cache_dir=settings.cache_dir,
+                local_files_only=settings.local_files_only,
+                token=settings.token,
+            )
+        )
+    except EntryNotFoundError:
+        return None
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        raise ValueError(f"model={settings.model!r}: {name} cannot be had: {error}") from error
