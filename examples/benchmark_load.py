@@ -2,6 +2,7 @@
 
     python examples/benchmark_load.py                # the embedded model
     python examples/benchmark_load.py --model BAAI/bge-reranker-v2-m3 --device cuda --dtype fast
+    python examples/benchmark_load.py --stream 1000000 --model tests/data/encoder    # memory of a long stream
 
 Requests come from real text, docstrings of the standard library. Both ways run in turns; the table shows medians.
 """
@@ -9,6 +10,7 @@ Requests come from real text, docstrings of the standard library. Both ways run 
 import argparse
 import asyncio
 import os
+import resource
 import statistics
 import time
 
@@ -32,7 +34,11 @@ def main() -> None:
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--requests", type=int, default=1000, help="requests of two short passages")
     parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--stream", type=int, help="measure the memory of a stream of so many pairs instead")
     options = parser.parse_args()
+    if options.stream:
+        _measure_stream(Scorer(options.model, device=options.device, dtype=options.dtype), options.stream)
+        return
     texts = [docstring.text for docstring in standard_library()]
     kinds = {
         "2 short passages": _requests(texts, options.requests, passages=2, characters=60),
@@ -88,6 +94,19 @@ async def _longest_stall() -> float:
             longest = max(longest, time.perf_counter() - asked - 0.001)
     except asyncio.CancelledError:
         return longest
+
+
+def _measure_stream(scorer: Scorer, count: int) -> None:
+    """Prints how far the process's memory ever rose during a short stream, and during a long one after it."""
+    texts = [docstring.text[:40] for docstring in standard_library()]
+    with scorer:
+        for pairs in (10_000, count):
+            start = time.perf_counter()
+            stream = ((texts[i // 20 % len(texts)], texts[i * 7919 % len(texts)]) for i in range(pairs))
+            scored = sum(1 for _ in scorer.score_stream(stream))
+            seconds = time.perf_counter() - start
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+            print(f"{scored} pairs in {seconds:.0f} s; peak memory {peak:.0f} MiB", flush=True)
 
 
 if __name__ == "__main__":

@@ -64,6 +64,33 @@ def test_a_packed_layer_takes_any_shape(fused: linear.Fused, rows: int, inputs: 
     torch.testing.assert_close(plain.plus(states, other), product + other, atol=1e-5, rtol=1e-4)
 
 
+@pytest.fixture(autouse=True)
+def oneDNN_pays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On every processor, so that what other processors do is tested on this one."""
+    monkeypatch.setattr(linear, "pays", lambda dtype: True)
+
+
+@given(rows=st.integers(1, 20_000))
+def test_products_have_few_sizes_and_little_to_spare(rows: int) -> None:
+    size = linear.rows_for(rows)
+    assert 0 <= size - rows < max(8, rows / 16 + 1)
+    assert linear.rows_for(size) == size
+    assert len({linear.rows_for(other) for other in range(1, 4097)}) < 120
+
+
+def test_scores_do_not_depend_on_what_fills_a_pack_up(encoder_dir: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from bge_rerank_plugins import Scorer
+    from bge_rerank_plugins.core import engine
+
+    passages = ["", "panda", "the giant panda " * 9]
+    scores = []
+    for filled in (True, False):
+        monkeypatch.setattr(engine, "pays", lambda dtype, filled=filled: filled)
+        with Scorer(encoder_dir, max_queued_tokens=10_000 + filled) as scorer:
+            scores.append(scorer.score("a bear", passages))
+    assert scores[0] == pytest.approx(scores[1], abs=1e-5)
+
+
 def missing(*_: object) -> None:
     raise AttributeError("no such operator")
 

@@ -27,6 +27,7 @@ import torch
 from .checkpoint import Checkpoint
 from .device import Precision, choose_device, choose_precision
 from .families import Family, family_of
+from .linear import pays, rows_for
 from .packing import pack_sequences
 from .schedule import Job, Pair, Request, Schedule
 from .sequences import TokenSequence
@@ -336,12 +337,17 @@ class _Worker:
         self.family = kind.load(checkpoint, settings, self.device, self.precision.dtype)
         self.budget = settings.max_batch_tokens or DEFAULT_BUDGET.get(self.device.type, OTHER_BUDGET)
         self._full_budget = self.budget
+        self._few_sizes = self.device.type == "cpu" and pays(self.precision.dtype)
         self._fitted = 0
 
     def score(self, sequences: Sequence[TokenSequence], cutoff_layers: tuple[int, ...]) -> list[Any]:
         """Raw scores of one pack."""
         with torch.inference_mode():
-            scores: list[Any] = self.family.forward(pack_sequences(sequences, self.device), cutoff_layers).tolist()
+            pack = pack_sequences(sequences, self.device)
+            if self._few_sizes and (missing := rows_for(len(pack)) - len(pack)):
+                filler = TokenSequence([0] * missing, position_ids=[0] * missing)
+                pack = pack_sequences([*sequences, filler], self.device)
+            scores: list[Any] = self.family.forward(pack, cutoff_layers)[: len(sequences)].tolist()
         self._fitted += 1
         if self.budget < self._full_budget and self._fitted % PACKS_BEFORE_GROWTH == 0:
             self.budget = min(self._full_budget, self.budget + max(1, self.budget // 8))

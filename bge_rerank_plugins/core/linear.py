@@ -1,7 +1,8 @@
 """Linear layers for a CPU: weights laid out once the way oneDNN multiplies them, with the function that follows fused in.
 
 The operators are private to torch, so every use is tried out first and compared with torch's own product; where it fails or
-differs, the layers stay as they are. Knows nothing of families, packs or scores.
+differs, the layers stay as they are, and so they do in float32 where torch's own product is as
+fast. Knows nothing of families, packs or scores.
 """
 
 from __future__ import annotations
@@ -102,7 +103,7 @@ def pack_linear_layers(model: nn.Module) -> None:
     weights = [module.weight for module in model.modules() if type(module) is nn.Linear]
     if not weights or any(weight.device.type != "cpu" for weight in weights):
         return
-    if not all(can_pack(dtype) for dtype in {weight.dtype for weight in weights}):
+    if not all(pays(dtype) and can_pack(dtype) for dtype in {weight.dtype for weight in weights}):
         return
     for module in list(model.modules()):
         _fuse_activation(module)
@@ -131,6 +132,22 @@ def _fuse_activation(module: Any) -> None:
     if type(activation) in ACTIVATIONS and type(getattr(module, "dense", None)) is nn.Linear:
         module.dense = PackedLinear(module.dense, ACTIVATIONS[type(activation)])
         module.intermediate_act_fn = nn.Identity()
+
+
+@cache
+def pays(dtype: torch.dtype) -> bool:
+    """Whether oneDNN's layout is the faster one: in bfloat16; in float32 on AMD processors, which MKL does not favour."""
+    return dtype != torch.float32 or "AMD" in str(torch.cpu.get_capabilities().get("cpu_name"))
+
+
+def rows_for(rows: int) -> int:
+    """The next of few sizes, a sixteenth apart.
+
+    oneDNN compiles code for every number of rows, which takes milliseconds, and keeps up to 1,024 such programs of up to a
+    megabyte each; products of any number of rows would fill that.
+    """
+    step = max(8, (1 << (rows.bit_length() - 1)) // 16)
+    return -(-rows // step) * step
 
 
 @cache
