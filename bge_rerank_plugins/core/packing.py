@@ -96,22 +96,39 @@ def pack_sequences(sequences: Sequence[TokenSequence], device: torch.device | st
     if prefix_of_group:
         key_rows = [row for s in segments for row in (*range(s.prefix_start, s.prefix_stop), *range(s.start, s.stop))]
 
-    def on_device(values: Iterable[int], dtype: torch.dtype = torch.int64) -> Tensor:
-        return torch.tensor(list(values), dtype=dtype).to(device, non_blocking=True)
-
+    columns: dict[str, list[int]] = {
+        "input_ids": ids,
+        "position_ids": positions,
+        "token_type_ids": types if any(s.token_type_ids for s in sequences) else [],
+        "first_rows": first_rows,
+        "last_rows": last_rows,
+        "cu_seqlens_q": [0, *(s.stop for s in segments)],
+        "cu_seqlens_k": _running_sum(key_counts),
+        "key_rows": key_rows or [],
+    }
+    on_device = _in_one_copy(columns, torch.device(device))
     return Pack(
-        input_ids=on_device(ids),
-        position_ids=on_device(positions),
-        token_type_ids=on_device(types) if any(s.token_type_ids for s in sequences) else None,
+        input_ids=on_device["input_ids"],
+        position_ids=on_device["position_ids"],
+        token_type_ids=on_device["token_type_ids"] if columns["token_type_ids"] else None,
         segments=tuple(segments),
-        first_rows=on_device(first_rows),
-        last_rows=on_device(last_rows),
-        cu_seqlens_q=on_device([0, *(s.stop for s in segments)], torch.int32),
-        cu_seqlens_k=on_device(_running_sum(key_counts), torch.int32),
-        key_rows=None if key_rows is None else on_device(key_rows),
+        first_rows=on_device["first_rows"],
+        last_rows=on_device["last_rows"],
+        cu_seqlens_q=on_device["cu_seqlens_q"].to(torch.int32),
+        cu_seqlens_k=on_device["cu_seqlens_k"].to(torch.int32),
+        key_rows=on_device["key_rows"] if key_rows is not None else None,
         longest_q=max((s.stop - s.start for s in segments), default=0),
         longest_k=max(key_counts, default=0),
     )
+
+
+def _in_one_copy(columns: dict[str, list[int]], device: torch.device) -> dict[str, Tensor]:
+    """Lists as int64 tensors on a device, sent together; on CUDA from pinned memory, so that nobody waits for the copy."""
+    joined = torch.tensor([value for column in columns.values() for value in column], dtype=torch.int64)
+    if device.type == "cuda":
+        joined = joined.pin_memory()
+    parts = joined.to(device, non_blocking=True).split([len(column) for column in columns.values()])
+    return dict(zip(columns, parts, strict=True))
 
 
 def _running_sum(counts: Iterable[int]) -> list[int]:
