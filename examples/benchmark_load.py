@@ -2,6 +2,7 @@
 
     python examples/benchmark_load.py                # the embedded model
     python examples/benchmark_load.py --model BAAI/bge-reranker-v2-m3 --device cuda --dtype fast
+    python examples/benchmark_load.py --scaling      # time per token of 10 to 10,000 passages
     python examples/benchmark_load.py --stream 1000000 --model tests/data/encoder    # memory of a long stream
 
 Requests come from real text, docstrings of the standard library. Both ways run in turns; the table shows medians.
@@ -35,9 +36,13 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=1000, help="requests of two short passages")
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--stream", type=int, help="measure the memory of a stream of so many pairs instead")
+    parser.add_argument(
+        "--scaling", action="store_true", help="measure how time grows with the number of passages instead"
+    )
     options = parser.parse_args()
-    if options.stream:
-        _measure_stream(Scorer(options.model, device=options.device, dtype=options.dtype), options.stream)
+    if options.stream or options.scaling:
+        with Scorer(options.model, device=options.device, dtype=options.dtype) as scorer:
+            _measure_stream(scorer, options.stream) if options.stream else _measure_scaling(scorer)
         return
     texts = [docstring.text for docstring in standard_library()]
     kinds = {
@@ -99,14 +104,27 @@ async def _longest_stall() -> float:
 def _measure_stream(scorer: Scorer, count: int) -> None:
     """Prints how far the process's memory ever rose during a short stream, and during a long one after it."""
     texts = [docstring.text[:40] for docstring in standard_library()]
-    with scorer:
-        for pairs in (10_000, count):
-            start = time.perf_counter()
-            stream = ((texts[i // 20 % len(texts)], texts[i * 7919 % len(texts)]) for i in range(pairs))
-            scored = sum(1 for _ in scorer.score_stream(stream))
-            seconds = time.perf_counter() - start
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-            print(f"{scored} pairs in {seconds:.0f} s; peak memory {peak:.0f} MiB", flush=True)
+    for pairs in (10_000, count):
+        start = time.perf_counter()
+        stream = ((texts[i // 20 % len(texts)], texts[i * 7919 % len(texts)]) for i in range(pairs))
+        scored = sum(1 for _ in scorer.score_stream(stream))
+        seconds = time.perf_counter() - start
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        print(f"{scored} pairs in {seconds:.0f} s; peak memory {peak:.0f} MiB", flush=True)
+
+
+def _measure_scaling(scorer: Scorer) -> None:
+    """Prints the time per token of a request, the more passages the longer; the best of three, after one to warm up."""
+    texts = [docstring.text[:300] for docstring in standard_library()]
+    for count in (10, 100, 1000, 10_000):
+        passages = [texts[i * 7919 % len(texts)] for i in range(count)]
+        seconds = []
+        for _ in range(4 if count < 10_000 else 1):
+            before, start = scorer.stats()["tokens"], time.perf_counter()
+            scorer.score("read a file line by line", passages)
+            seconds.append(time.perf_counter() - start)
+            tokens = scorer.stats()["tokens"] - before
+        print(f"{count:6} passages, {tokens:8.0f} tokens: {1e6 * min(seconds) / tokens:6.1f} us per token", flush=True)
 
 
 if __name__ == "__main__":

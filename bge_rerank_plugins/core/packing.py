@@ -127,7 +127,7 @@ def _in_one_copy(columns: dict[str, list[int]], device: torch.device) -> dict[st
     joined = torch.tensor([value for column in columns.values() for value in column], dtype=torch.int64)
     if device.type == "cuda":
         joined = joined.pin_memory()
-    parts = joined.to(device, non_blocking=True).split([len(column) for column in columns.values()])
+    parts = torch.split(joined.to(device, non_blocking=True), [len(column) for column in columns.values()])
     return dict(zip(columns, parts, strict=True))
 
 
