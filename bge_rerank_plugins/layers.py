@@ -99,7 +99,8 @@ def plot_layers(reports: Sequence[LayerReport], path: str) -> None:
     cost.plot(layers, [report.milliseconds for report in reports], "--", color="tab:red", label="time per pair")
     cost.set(ylabel="milliseconds per pair", ylim=(0, None))
     lines = [*agreement.get_lines(), *cost.get_lines()]
-    agreement.legend(lines, [str(line.get_label()) for line in lines], loc="lower right")
+    labels = [str(line.get_label()) for line in lines]
+    figure.legend(lines, labels, loc="outside upper center", ncols=len(lines), frameon=False)  # covers no curve
     figure.savefig(path, dpi=120)
 
 
