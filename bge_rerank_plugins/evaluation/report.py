@@ -48,6 +48,7 @@ def plot(report: Report, path: str | Path) -> None:
     """
     try:
         from matplotlib.figure import Figure
+        from matplotlib.ticker import LogLocator, NullFormatter
     except ImportError as error:
         raise ImportError('a plot needs matplotlib: pip install "bge-rerank-plugins[eval]"') from error
 
@@ -64,6 +65,9 @@ def plot(report: Report, path: str | Path) -> None:
     times = [system.milliseconds or 0.0 for system in timed]
     if times:
         axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter(NullFormatter())
         axes.set_xlim(min(times) / 2, max(times) * 4)
     axes.margins(y=0.2)
     axes.set(
