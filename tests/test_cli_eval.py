@@ -192,3 +192,31 @@ def test_help_needs_neither_torch_nor_what_measures() -> None:
     out = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
 
     assert out.endswith("set()\n")
+
+
+@pytest.mark.parametrize("flag", ["run", "qrels"])
+def test_a_rerank_set_has_its_own_candidates_and_judgements(
+    flag: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "own.jsonl"
+    path.write_text('{"query": "panda", "positive": ["bear"], "negative": []}\n')
+
+    assert main(["eval", str(path), "--models", ENCODER, f"--{flag}", "other"]) == 2
+
+    assert f"--{flag} other: goes with a corpus; {path} is a rerank set" in capsys.readouterr().err
+
+
+def test_identical_ids_are_left_out_of_a_run_too(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "other.trec"
+    run.write_text("p0 Q0 p0 1 9 x\np0 Q0 p1 2 8 x\n")
+    (folder / "queries.jsonl").write_text('{"_id": "p0", "text": "panda"}\n')
+    (folder / "qrels" / "test.tsv").write_text("p0\tp1\t1\n")
+    arguments = ["eval", str(folder), "--run", str(run), "--models", ENCODER, "--measures", "P@1"]
+
+    assert main([*arguments, "--ignore-identical-ids"]) == 0
+
+    out = capsys.readouterr().out
+    assert "other.trec found 1 candidates" in out
+    assert re.search(r"^other.trec +1\.000", out, re.MULTILINE)
