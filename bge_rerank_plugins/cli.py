@@ -24,6 +24,7 @@ from . import __version__
 from .adapter import AdapterSettings
 from .arguments import add_fields, add_settings, flag_of, given, settings_of
 from .demo import FRAMEWORKS, PUBLISHED_MODEL, QUERIES
+from .evaluation import command as evaluation
 from .jsonl import InputError, Line, check_text, check_texts, json_line, read_lines
 from .ranking import RankedPassage, check_cut
 from .scorer import Scorer
@@ -280,6 +281,7 @@ COMMANDS = {
     ),
     "verify": Command("Check a model against the scores that its card publishes.", _add_verify, _verify),
     "export-onnx": Command("Write a cross-encoder as an ONNX graph, checked against torch.", _add_export, _export),
+    "eval": Command(evaluation.SUMMARY, evaluation.add_arguments, evaluation.run),
     "demo": Command("Search the documentation of this Python's standard library: before and after.", _add_demo, _demo),
 }
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from .core.engine import Engine
     from .core.families import Family
+    from .cross_encoder import ScorerCrossEncoder
 
 logger = logging.getLogger("bge_rerank_plugins")
 
@@ -280,6 +281,12 @@ class Scorer:
         """`rank` without blocking the event loop."""
         check_cut(top_n, score_threshold)
         return rank_scores(await self.ascore(query, passages), top_n, score_threshold)
+
+    def as_cross_encoder(self) -> ScorerCrossEncoder:
+        """This scorer with the `predict` and `rank` of sentence-transformers' `CrossEncoder`, for its evaluators and for mteb."""
+        from .cross_encoder import ScorerCrossEncoder
+
+        return ScorerCrossEncoder(self)
 
     def stats(self) -> dict[str, float]:
         """Counters of the engine behind this scorer, which others with equal settings share; all 0 before the first use.

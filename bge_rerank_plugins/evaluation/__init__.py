@@ -1,0 +1,51 @@
+"""Measures rerankers on a set of judged queries: quality before and after, significance, time.
+
+`evaluate` does it for data and scorers of your own, `bge-rerank eval` for files and models. Needs the extra `eval`. Knows
+nothing of torch or of model families: a reranker is anything with `score(query, passages)`.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .comparison import Report, System, evaluate
+    from .first_stage import bm25_run, encoder_run
+    from .inputs import JudgedSet, read_beir, read_files, read_rerank_set, read_run
+    from .settings import EvaluationSettings
+    from .standard_library import standard_library_set
+
+__all__ = [
+    "EvaluationSettings",
+    "JudgedSet",
+    "Report",
+    "System",
+    "bm25_run",
+    "encoder_run",
+    "evaluate",
+    "read_beir",
+    "read_files",
+    "read_rerank_set",
+    "read_run",
+    "standard_library_set",
+]
+
+_HOMES = {
+    "EvaluationSettings": ".settings",
+    "JudgedSet": ".inputs",
+    "Report": ".comparison",
+    "System": ".comparison",
+    "bm25_run": ".first_stage",
+    "encoder_run": ".first_stage",
+    "evaluate": ".comparison",
+    "read_beir": ".inputs",
+    "read_files": ".inputs",
+    "read_rerank_set": ".inputs",
+    "read_run": ".inputs",
+    "standard_library_set": ".standard_library",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name], __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,195 @@
+"""`bge-rerank eval`: from its arguments to the table. Light to import; what measures and scores is imported when it runs."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..arguments import add_fields, add_settings, settings_of
+from ..demo import PUBLISHED_MODEL
+from ..jsonl import InputError
+from ..scorer import Scorer
+from ..settings import RerankSettings
+from ..terminal import print_table
+from .settings import DEFAULT_TOP_K, STANDARD_LIBRARY, EvaluationSettings
+
+if TYPE_CHECKING:
+    from .inputs import JudgedSet, Run
+
+SUMMARY = "Measure rerankers on your own data: quality before and after, significance, time."
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of `bge-rerank eval`."""
+    parser.add_argument(
+        "data", nargs="?", metavar="DATA", default=None, help=EvaluationSettings.model_fields["data"].description
+    )
+    parser.add_argument(
+        "--models",
+        default=PUBLISHED_MODEL,
+        metavar="MODEL[,MODEL...]",
+        help=f"hub ids or local directories of the rerankers to compare (default: {PUBLISHED_MODEL})",
+    )
+    add_fields(parser, EvaluationSettings, [name for name in EvaluationSettings.model_fields if name != "data"])
+    parser.add_argument(
+        "--output",
+        metavar="FOLDER",
+        help="keep scores, per-query measures, runs and the plot there; a killed evaluation goes on from them",
+    )
+    parser.add_argument("--plot", metavar="FILE", help="write a PNG picture of quality against time there")
+    add_settings(parser)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Runs `bge-rerank eval`.
+
+    Raises:
+        ValueError: Something cannot be used; the message names it.
+    """
+    options = EvaluationSettings(
+        **{name: value for name, value in vars(arguments).items() if name in EvaluationSettings.model_fields}
+    )
+    progress = getattr(arguments, "show_progress", None)
+    models = [model for model in arguments.models.split(",") if model]
+    if not models:
+        raise InputError(f"--models={arguments.models!r}: name at least one model")
+    settings = [
+        each for model in models for each in _layers(settings_of(arguments, model=model, show_progress=False), options)
+    ]
+    names = _names(settings)
+
+    from .measures import parse_measures
+
+    parse_measures(options.measures)  # before anything that takes time
+    data = load(options)
+    candidates = first_stage(data, options)
+    _say(
+        f"{data.name}: {len(data.queries):,} queries, {len(data.passages):,} passages; "
+        f"{_stage_name(options)} found {sum(map(len, candidates.values())):,} candidates."
+    )
+    from tqdm import tqdm
+
+    from .comparison import evaluate
+    from .report import notes, plot, table
+
+    total = len(data.queries) * len(settings)
+    with tqdm(
+        total=total, unit=" queries", desc="Reranking", disable=None if progress is None else not progress
+    ) as bar:
+        report = evaluate(
+            data,
+            candidates,
+            _scorers(names, settings),
+            measures=options.measures,
+            first_stage=_stage_name(options),
+            output=arguments.output,
+            advance=bar.update,
+        )
+    titles, rows = table(report)
+    print_table(titles, rows)
+    sys.stdout.write("".join(f"{line}\n" for line in notes(report)))
+    if arguments.plot is not None:
+        plot(report, arguments.plot)
+    if arguments.output is not None:
+        plot(report, Path(arguments.output) / "plot.png")
+
+
+def load(options: EvaluationSettings) -> JudgedSet:
+    """The judged set that the options name.
+
+    Raises:
+        InputError: A file is missing or malformed; the message names it and the line.
+    """
+    from .inputs import read_beir, read_files, read_rerank_set
+
+    if options.data is None:
+        data = read_files(str(options.corpus), str(options.queries), str(options.qrels))
+    elif options.data == STANDARD_LIBRARY:
+        from .standard_library import standard_library_set
+
+        data = standard_library_set()
+    elif Path(options.data).is_dir():
+        data = read_beir(options.data, options.split, options.qrels)
+    else:
+        for name in ("run", "qrels"):
+            if (value := getattr(options, name)) is not None:
+                raise InputError(f"--{name} {value}: goes with a corpus; {options.data} is a rerank set")
+        data = read_rerank_set(options.data)
+    if not data.queries:
+        raise InputError(f"{options.data}: holds no query")
+    return data.sampled(options.sample)
+
+
+def first_stage(data: JudgedSet, options: EvaluationSettings) -> Run:
+    """The candidates that the options name, best first."""
+    top_k = DEFAULT_TOP_K if options.top_k is None and data.pools is None else options.top_k
+    if options.run is not None:
+        from .inputs import read_run
+
+        found = read_run(options.run, data)
+        return {
+            query: [each for each in passages if not (options.ignore_identical_ids and each == query)][:top_k]
+            for query, passages in found.items()
+        }
+    from .first_stage import bm25_run, encoder_run
+
+    if options.first_stage == "bm25":
+        return bm25_run(data, top_k, ignore_identical_ids=options.ignore_identical_ids)
+    return encoder_run(
+        data,
+        options.first_stage,
+        top_k,
+        prompt=options.first_stage_prompt,
+        ignore_identical_ids=options.ignore_identical_ids,
+    )
+
+
+def _stage_name(options: EvaluationSettings) -> str:
+    if options.run is not None:
+        return Path(options.run).name
+    return "BM25" if options.first_stage == "bm25" else Path(options.first_stage).name
+
+
+def _layers(settings: RerankSettings, options: EvaluationSettings) -> list[RerankSettings]:
+    """The settings at each layer that was asked for, where the model has layers to choose from."""
+    if options.cutoff_layers is None:
+        return [settings]
+    from ..core.checkpoint import Checkpoint
+    from ..core.families import family_of
+    from ..core.layerwise import check_layers, layers_of
+
+    checkpoint = Checkpoint.from_settings(settings)
+    if family_of(checkpoint).name != "layerwise":
+        return [settings]
+    check_layers(options.cutoff_layers, layers_of(checkpoint))
+    return [settings.model_copy(update={"cutoff_layer": layer}) for layer in options.cutoff_layers]
+
+
+def _names(settings: list[RerankSettings]) -> list[str]:
+    """A short name for each, all different."""
+    asked = [(each.model, each.cutoff_layer) for each in settings]
+    for model, layer in asked:
+        if asked.count((model, layer)) > 1:
+            raise InputError(f"--models: {model}{'' if layer is None else f' at layer {layer}'} is named twice")
+    short = [Path(model).name for model, _ in asked]
+    return [
+        (name if len({other for other, _ in asked if Path(other).name == name}) == 1 else model)
+        + ("" if layer is None else f"@{layer}")
+        for name, (model, layer) in zip(short, asked, strict=True)
+    ]
+
+
+def _scorers(names: list[str], settings: list[RerankSettings]) -> Iterator[tuple[str, Any]]:
+    """Each scorer when its turn comes, so that only one model is loaded at a time."""
+    for name, each in zip(names, settings, strict=True):
+        with closing(Scorer.from_settings(each)) as scorer:
+            yield name, scorer
+
+
+def _say(text: str) -> None:
+    sys.stdout.write(f"{text}\n")
+    sys.stdout.flush()

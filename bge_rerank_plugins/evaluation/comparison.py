@@ -1,0 +1,243 @@
+"""Reranks the candidates of every query with one system after the other, and compares what comes out.
+
+Knows nothing of files of data, of models or of the terminal.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from .. import __version__
+from ..adapter import SupportsScore, checked_scores
+from ..jsonl import InputError
+from ..ranking import rank_scores
+from ..scorer import Scorer
+from .inputs import JudgedSet, Run
+from .measures import Quality, measure, p_value, parse_measures, recall_of_candidates, trec_scores
+from .settings import MEASURES
+from .store import ScoreStore, check_same_data, write_whole
+
+_NOT_ASKED = frozenset({"show_progress", "token", "cache_dir", "local_files_only", "max_queued_tokens", "when_full"})
+"""Options that change neither scores nor time."""
+
+
+@dataclass(frozen=True)
+class System:
+    """One ranking of the candidates and what it is worth.
+
+    Attributes:
+        name: The reranker, or the first stage.
+        run: Its ranking of each query's candidates.
+        quality: Its measures.
+        p_value: Of its difference from the first stage in the first measure; None for the first stage itself.
+        pairs: How many pairs were scored.
+        seconds: How long each query took, one after the other; none for the first stage, which is not timed.
+    """
+
+    name: str
+    run: Run
+    quality: Quality
+    p_value: float | None = None
+    pairs: int = 0
+    seconds: tuple[float, ...] = ()
+
+    @property
+    def milliseconds(self) -> float | None:
+        """The median time of a query."""
+        return 1000 * median(self.seconds) if self.seconds else None
+
+    @property
+    def pairs_per_second(self) -> float | None:
+        """All pairs over all time."""
+        return self.pairs / sum(self.seconds) if self.seconds else None
+
+
+@dataclass(frozen=True)
+class Report:
+    """Rankings of the same candidates, the first stage's first.
+
+    Attributes:
+        data: What was asked and judged.
+        measures: Names of the measures; the first one is tested.
+        systems: The first stage, then the rerankers in their order.
+        recall: The share of the relevant passages that are among the candidates: reranking finds no more.
+    """
+
+    data: JudgedSet
+    measures: tuple[str, ...]
+    systems: tuple[System, ...]
+    recall: float
+
+    @property
+    def best(self) -> System:
+        """The reranker that is best in the first measure; the first stage if there is none."""
+        return max(self.systems[1:] or self.systems, key=lambda system: system.quality.mean[self.measures[0]])
+
+    def p_value(self, first: System, second: System, measure_name: str | None = None) -> float:
+        """How often chance alone makes two systems differ so much: a paired randomisation test over the queries."""
+        name = measure_name or self.measures[0]
+        return p_value(first.quality.per_query[name], second.quality.per_query[name])
+
+
+def evaluate(
+    data: JudgedSet,
+    candidates: Run,
+    scorers: Mapping[str, SupportsScore] | Iterable[tuple[str, SupportsScore]],
+    *,
+    measures: Sequence[str] = MEASURES,
+    first_stage: str = "first stage",
+    output: str | Path | None = None,
+    advance: Callable[[], object] = lambda: None,
+) -> Report:
+    """Reranks candidates with each scorer and measures before and after.
+
+    Every query is scored alone and timed, so that the time is what a user waits; the model is loaded and used once before.
+    Equal scores keep the candidates' order. A query without candidates is not scored, and counts 0.
+
+    Args:
+        data: Queries, passages and judgements.
+        candidates: For each query the passages to rerank, best first; all of them are.
+        scorers: By name. An iterable may make each one when its turn comes, and close it then.
+        measures: Names in ir_measures; the first one is tested for significance.
+        first_stage: What to call the candidates' own order.
+        output: Folder for scores.jsonl, which lets a killed evaluation go on where it was, results.json, per_query.tsv and
+            a TREC run of each system; None writes nothing. A scorer that is not a `Scorer` is known again by its name.
+        advance: Called after every query.
+
+    Returns:
+        The first stage and every scorer.
+
+    Raises:
+        ValueError: An unknown measure; a scorer that fails, named with its query; results of other data in `output`.
+        ImportError: The extra `eval` is not installed.
+
+    Examples:
+        >>> data = read_beir("scifact")  # doctest: +SKIP
+        >>> report = evaluate(data, bm25_run(data, 100), {"m3": Scorer("BAAI/bge-reranker-v2-m3")})  # doctest: +SKIP
+    """
+    parsed = parse_measures(measures)
+    names = tuple(map(str, parsed))
+    digest = _digest(data.name, dict(data.queries), {query: dict(judged) for query, judged in data.qrels.items()})
+    folder = None if output is None else Path(output)
+    if folder is not None:
+        check_same_data(folder / "results.json", digest)
+        folder.mkdir(parents=True, exist_ok=True)
+    store = ScoreStore(None if folder is None else folder / "scores.jsonl")
+    base = System(first_stage, candidates, measure(parsed, data, candidates))
+    systems = [base]
+    for name, scorer in scorers.items() if isinstance(scorers, Mapping) else scorers:
+        run, pairs, seconds = _rerank(name, scorer, data, candidates, store, advance)
+        quality = measure(parsed, data, run)
+        significance = p_value(quality.per_query[names[0]], base.quality.per_query[names[0]])
+        systems.append(System(name, run, quality, significance, pairs, seconds))
+    report = Report(data, names, tuple(systems), recall_of_candidates(data, candidates))
+    if folder is not None:
+        _write(report, folder, digest)
+    return report
+
+
+def _rerank(
+    name: str,
+    scorer: SupportsScore,
+    data: JudgedSet,
+    candidates: Run,
+    store: ScoreStore,
+    advance: Callable[[], object],
+) -> tuple[Run, int, tuple[float, ...]]:
+    """The candidates in a scorer's order, how many there were, and the time of each query."""
+    identity = _identity(name, scorer)
+    run: Run = {}
+    seconds: list[float] = []
+    warm = False
+    for query, text in data.queries.items():
+        found = candidates.get(query, [])
+        if not found:
+            run[query] = []
+            advance()
+            continue
+        passages = [data.passages[passage] for passage in found]
+        key = _digest(identity, text, passages)
+        record = store.get(key)
+        if record is None:
+            try:
+                if not warm:
+                    scorer.score(text, passages[:1])
+                    warm = True
+                start = time.perf_counter()
+                scores = checked_scores(scorer.score(text, passages), passages)
+                elapsed = time.perf_counter() - start
+            except (ValueError, RuntimeError) as error:
+                raise InputError(f"{name}, query {query!r}: {error}") from error
+            record = store.put(key, system=name, query=query, scores=scores, seconds=elapsed)
+        run[query] = [found[ranked.index] for ranked in rank_scores(record["scores"])]
+        seconds.append(record["seconds"])
+        advance()
+    return run, sum(map(len, run.values())), tuple(seconds)
+
+
+def _identity(name: str, scorer: SupportsScore) -> Any:
+    """What scores and time depend on besides the texts. A local checkpoint is known by its files' sizes and times."""
+    if not isinstance(scorer, Scorer):
+        return name
+    settings = scorer.settings
+    files: list[tuple[str, int, int]] = []
+    for place in (settings.model, settings.peft_path):
+        if place is not None and Path(place).is_dir():
+            paths = sorted(path for path in Path(place).iterdir() if path.suffix in (".json", ".safetensors"))
+            files += [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
+    return [__version__, settings.model_dump(exclude=set(_NOT_ASKED)), files]
+
+
+def _digest(*asked: Any) -> str:
+    return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _write(report: Report, folder: Path, digest: str) -> None:
+    """The files of an evaluation."""
+    results = {
+        "data": {
+            "name": report.data.name,
+            "digest": digest,
+            "queries": len(report.data.queries),
+            "queries_without_relevant": report.data.queries_without_relevant,
+            "passages": len(report.data.passages),
+        },
+        "recall_of_candidates": report.recall,
+        "systems": [
+            {
+                "name": system.name,
+                "measures": dict(system.quality.mean),
+                "p_value_against_first_stage": system.p_value,
+                "p_value_against_best": None if system is report.best else report.p_value(system, report.best),
+                "pairs": system.pairs,
+                "milliseconds_per_query": system.milliseconds,
+                "pairs_per_second": system.pairs_per_second,
+            }
+            for system in report.systems
+        ],
+    }
+    write_whole(folder / "results.json", json.dumps(results, indent=2, ensure_ascii=False) + "\n")
+    rows = ["\t".join(("query", "system", *report.measures))]
+    for system in report.systems:
+        values = system.quality.per_query
+        rows += [
+            "\t".join((query, system.name, *(f"{values[name][query]:.6g}" for name in report.measures)))
+            for query in report.data.queries
+        ]
+    write_whole(folder / "per_query.tsv", "\n".join(rows) + "\n")
+    (folder / "runs").mkdir(exist_ok=True)
+    for system in report.systems:
+        tag = "".join(letter if letter.isalnum() or letter in "-._@" else "-" for letter in system.name)
+        lines = [
+            f"{query} Q0 {passage} {place} {score:g} {tag}\n"
+            for query, scores in trec_scores(system.run).items()
+            for place, (passage, score) in enumerate(scores.items(), start=1)
+        ]
+        write_whole(folder / "runs" / f"{tag}.trec", "".join(lines))

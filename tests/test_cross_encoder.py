@@ -1,0 +1,194 @@
+"""A scorer in the shape of sentence-transformers' `CrossEncoder`: its evaluators and mteb take it and see its scores."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import DATA
+from sentence_transformers import CrossEncoder
+from sentence_transformers.cross_encoder.evaluation import CrossEncoderRerankingEvaluator
+
+from bge_rerank_plugins import Scorer
+from bge_rerank_plugins.cross_encoder import ScorerCrossEncoder
+
+ENCODER = str(DATA / "encoder")
+QUERY = "what is panda?"
+PASSAGES = ["hi", "The giant panda is a bear species endemic to China.", "大熊猫是中国特有的熊类动物。", "hi"]
+PAIRS = [(QUERY, passage) for passage in PASSAGES]
+SAMPLES = [
+    {"query": QUERY, "positive": PASSAGES[1:3], "negative": ["hi", "a red fox", "bamboo"]},
+    {"query": "what eats bamboo?", "positive": ["The panda."], "negative": ["A stone.", "Rice."]},
+    {"query": "where?", "positive": ["Sichuan"], "negative": ["yesterday", "nobody", "why not"]},
+]
+
+
+@pytest.fixture(scope="module")
+def scorer() -> Any:
+    with Scorer(ENCODER, dtype="float32", device="cpu") as scorer:
+        yield scorer
+
+
+@pytest.fixture(scope="module")
+def model(scorer: Scorer) -> ScorerCrossEncoder:
+    return scorer.as_cross_encoder()
+
+
+@pytest.fixture(scope="module")
+def theirs() -> CrossEncoder:
+    return CrossEncoder(ENCODER, device="cpu", max_length=512)
+
+
+def test_predict_returns_what_a_cross_encoder_does(model: ScorerCrossEncoder, theirs: CrossEncoder) -> None:
+    """Types and shapes, and with the same activation function the values."""
+    raw = torch.nn.Identity()
+    assert model.predict(PAIRS) == pytest.approx(theirs.predict(PAIRS, activation_fn=raw), abs=1e-4)
+    assert model.predict(PAIRS).dtype == np.float32
+    sigmoid = torch.nn.Sigmoid()
+    assert model.predict(PAIRS, activation_fn=sigmoid) == pytest.approx(theirs.predict(PAIRS), abs=1e-4)
+    for options in ({}, {"convert_to_tensor": True}, {"convert_to_numpy": False}):
+        for pairs in (PAIRS, PAIRS[:1], PAIRS[0], [list(pair) for pair in PAIRS]):
+            ours, expected = model.predict(pairs, **options), theirs.predict(pairs, **options)
+            assert type(ours) is type(expected)
+            assert np.shape(ours) == np.shape(expected)
+    assert model.predict([]).shape == (0,)
+
+
+def test_rank_returns_what_a_cross_encoder_does(model: ScorerCrossEncoder, theirs: CrossEncoder) -> None:
+    ours = model.rank(QUERY, PASSAGES, return_documents=True)
+    expected = theirs.rank(QUERY, PASSAGES, return_documents=True, activation_fn=torch.nn.Identity())
+
+    assert [found["text"] for found in ours] == [found["text"] for found in expected]
+    assert [found["score"] for found in ours] == pytest.approx([float(found["score"]) for found in expected], abs=1e-4)
+    places = [found["corpus_id"] for found in ours]
+    assert places.index(0) < places.index(3), "equal scores keep their order"
+    assert model.rank(QUERY, PASSAGES, top_k=2) == [{k: f[k] for k in ("corpus_id", "score")} for f in ours[:2]]
+    assert model.rank(QUERY, []) == []
+
+
+def test_pairs_that_are_none_are_refused(model: ScorerCrossEncoder) -> None:
+    with pytest.raises(ValueError, match=r"give pairs, or both inputs1 and inputs2"):
+        model.predict()
+    with pytest.raises(ValueError, match=r"pairs\[0\]"):
+        model.predict([("only",)])
+    with pytest.raises(ValueError, match=r"top_n=-1"):
+        model.rank(QUERY, PASSAGES, top_k=-1)
+
+
+def test_the_reranking_evaluator_sees_the_same_as_with_their_own_model(
+    model: ScorerCrossEncoder, theirs: CrossEncoder, tmp_path: Path
+) -> None:
+    evaluator = CrossEncoderRerankingEvaluator(SAMPLES, name="tiny")
+
+    found = evaluator(model, output_path=str(tmp_path))
+
+    assert found == pytest.approx(evaluator(theirs))
+    assert 0 < found["tiny_map"] < 1
+    assert model.model_card_data.metrics["tiny_map"] == found["tiny_map"]
+
+
+def test_the_nano_beir_evaluator_takes_it(
+    model: ScorerCrossEncoder, theirs: CrossEncoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a tiny set in the form that it loads from the hub."""
+    from datasets import Dataset
+    from sentence_transformers.cross_encoder.evaluation import CrossEncoderNanoBEIREvaluator, nano_beir
+
+    corpus = sorted({text for sample in SAMPLES for key in ("positive", "negative") for text in sample[key]})
+    parts = {
+        "corpus": [{"_id": str(i), "text": text} for i, text in enumerate(corpus)],
+        "queries": [{"_id": f"q{i}", "text": sample["query"]} for i, sample in enumerate(SAMPLES)],
+        "qrels": [
+            {"query-id": f"q{i}", "corpus-id": str(corpus.index(text))}
+            for i, sample in enumerate(SAMPLES)
+            for text in sample["positive"]
+        ],
+        "bm25": [{"query-id": f"q{i}", "corpus-ids": [str(j) for j in range(len(corpus))]} for i in range(3)],
+    }
+
+    def from_memory(path: str, name: str, split: str) -> Dataset:
+        return Dataset.from_list(parts[name])
+
+    monkeypatch.setattr("datasets.load_dataset", from_memory)
+    evaluator = CrossEncoderNanoBEIREvaluator(["msmarco"], rerank_k=5, show_progress_bar=False)
+
+    assert nano_beir is not None
+    assert evaluator(model) == pytest.approx(evaluator(theirs))
+
+
+# mteb
+
+
+def _task(kind: str) -> Any:
+    """A task of mteb in memory: three queries, each with its passages ranked in a wrong order."""
+    from datasets import Dataset
+    from mteb.abstasks.retrieval import AbsTaskRetrieval
+    from mteb.abstasks.retrieval_dataset_loaders import RetrievalSplitData
+    from mteb.abstasks.task_metadata import TaskMetadata
+
+    corpus = {
+        f"d{i}": f"{word} of {place}"
+        for i, (word, place) in enumerate((w, p) for w in ("panda", "stone") for p in "ABC")
+    }
+    queries = {f"q{i}": f"panda of {place}?" for i, place in enumerate("ABC")}
+
+    class Tiny(AbsTaskRetrieval):
+        metadata = TaskMetadata(
+            name=f"Tiny{kind}",
+            description="Three queries.",
+            type=kind,
+            main_score="map_at_1000" if kind == "Reranking" else "ndcg_at_10",
+            dataset={"path": "none", "revision": "none"},
+            eval_splits=["test"],
+            eval_langs=["eng-Latn"],
+            modalities=["text"],
+            category="t2t",
+        )
+
+        def load_data(self, **kwargs: Any) -> None:
+            self.dataset = {
+                "default": {
+                    "test": RetrievalSplitData(
+                        corpus=Dataset.from_list([{"id": i, "title": "", "text": text} for i, text in corpus.items()]),
+                        queries=Dataset.from_list([{"id": i, "text": text} for i, text in queries.items()]),
+                        relevant_docs={f"q{i}": {f"d{i}": 1} for i in range(3)},
+                        top_ranked={query: list(corpus)[::-1] for query in queries},
+                    )
+                }
+            }
+            self.data_loaded = True
+
+    Tiny.__name__ = f"Tiny{kind}"
+    return Tiny(), corpus, queries
+
+
+@pytest.mark.parametrize("kind", ["Reranking", "Retrieval"])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # mteb's own
+def test_mteb_runs_its_tasks_on_it(kind: str, model: ScorerCrossEncoder, scorer: Scorer) -> None:
+    mteb = pytest.importorskip("mteb", reason="mteb needs Python 3.11 or later")
+    task, corpus, queries = _task(kind)
+    assert isinstance(model, mteb.CrossEncoderProtocol)
+
+    result = mteb.evaluate(model, task, cache=None, show_progress_bar=False)
+
+    places = []
+    for i, text in enumerate(queries.values()):
+        ranked = [f"d{found.index}" for found in scorer.rank(text, list(corpus.values()))]
+        places.append(ranked.index(f"d{i}"))
+    found = result.task_results[0].get_score()
+    worth = [1 / (1 + p) for p in places] if kind == "Reranking" else [1 / math.log2(2 + p) for p in places]
+    assert found == pytest.approx(sum(worth) / 3, abs=1e-4)
+    assert result.model_name == "local/encoder"
+
+
+def test_mteb_hears_the_models_name_revision_and_layer() -> None:
+    pytest.importorskip("mteb", reason="mteb needs Python 3.11 or later")
+    scorer = Scorer("BAAI/bge-reranker-v2-minicpm-layerwise", cutoff_layer=28, revision="abc")
+
+    meta = scorer.as_cross_encoder().mteb_model_meta
+
+    assert (meta.name, meta.revision) == ("BAAI/bge-reranker-v2-minicpm-layerwise-layer-28", "abc")
+    assert meta.model_type == ["cross-encoder"]
+    assert meta.is_cross_encoder

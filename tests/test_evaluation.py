@@ -1,0 +1,326 @@
+"""Evaluation: measures are ir_measures' own, every special case is defined, and nothing is scored twice."""
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import ir_measures
+import pytest
+from conftest import DATA
+from hypothesis import given
+from hypothesis import strategies as st
+from ir_measures import AP, RR, R, Success, nDCG
+
+from bge_rerank_plugins import Scorer
+from bge_rerank_plugins.evaluation import JudgedSet, bm25_run, encoder_run, evaluate
+from bge_rerank_plugins.evaluation.measures import measure, p_value, parse_measures, trec_scores
+from bge_rerank_plugins.evaluation.report import WIDTH, notes, plot, table
+from bge_rerank_plugins.jsonl import InputError
+from bge_rerank_plugins.models import embedded_base
+
+THREE = JudgedSet(
+    name="three",
+    queries={"q1": "one", "q2": "two", "q3": "three"},
+    passages={"a": "A", "b": "B", "c": "C", "d": "D"},
+    qrels={"q1": {"a": 1, "d": 0}, "q2": {"b": 2, "c": 1}, "q3": {"d": 1}},
+)
+FOUND = {"q1": ["b", "a", "c"], "q2": ["a", "c", "b"], "q3": []}
+SECOND = 1 / math.log2(3)
+"""What the second place is worth in nDCG; the third is worth a half."""
+
+
+class Table:
+    """A scorer that has a score for each text, and counts how many it was asked for."""
+
+    def __init__(self, **scores: float) -> None:
+        self.scores = scores
+        self.asked: list[tuple[str, tuple[str, ...]]] = []
+
+    def score(self, query: str, passages: Sequence[str]) -> list[float]:
+        self.asked.append((query, tuple(passages)))
+        return [self.scores[passage] for passage in passages]
+
+
+def test_three_queries_by_hand() -> None:
+    """Reranking puts a first for q1, and for q2 b first and a before c, which have equal scores."""
+    report = evaluate(THREE, FOUND, {"table": Table(A=1, B=3, C=1), "for a": Table(A=3, B=2, C=1)})
+
+    before, table_, for_a = report.systems
+    ideal = 2 + SECOND
+    assert table_.run == {"q1": ["b", "a", "c"], "q2": ["b", "a", "c"], "q3": []}
+    assert for_a.run == {"q1": ["a", "b", "c"], "q2": ["a", "b", "c"], "q3": []}
+    assert before.quality.mean == pytest.approx(
+        {
+            "nDCG@10": (SECOND + (SECOND + 2 / 2) / ideal + 0) / 3,
+            "RR@10": (1 / 2 + 1 / 2 + 0) / 3,
+            "AP": (1 / 2 + (1 / 2 + 2 / 3) / 2 + 0) / 3,
+            "R@10": 2 / 3,
+            "Success@10": 2 / 3,
+        }
+    )
+    assert table_.quality.mean == pytest.approx(
+        {
+            "nDCG@10": (SECOND + (2 + 1 / 2) / ideal + 0) / 3,
+            "RR@10": (1 / 2 + 1 + 0) / 3,
+            "AP": (1 / 2 + (1 + 2 / 3) / 2 + 0) / 3,
+            "R@10": 2 / 3,
+            "Success@10": 2 / 3,
+        }
+    )
+    assert for_a.quality.per_query["RR@10"] == pytest.approx({"q1": 1, "q2": 1 / 2, "q3": 0})
+    assert report.recall == pytest.approx(2 / 3)
+    assert (table_.pairs, len(table_.seconds)) == (6, 2), "q3 has nothing to score"
+
+
+@given(st.randoms(use_true_random=False))
+def test_measures_equal_ir_measures_on_the_same_run(random) -> None:  # type: ignore[no-untyped-def]
+    passages = [f"p{i}" for i in range(30)]
+    queries = [f"q{i}" for i in range(8)]
+    qrels = {query: {p: random.choice([0, 0, 1, 2]) for p in random.sample(passages, 6)} for query in queries}
+    run = {query: random.sample(passages, random.choice([0, 1, 25])) for query in queries}
+    data = JudgedSet("random", dict.fromkeys(queries, ""), dict.fromkeys(passages, ""), qrels)
+    wanted = [nDCG @ 10, RR @ 10, AP, R @ 10, Success @ 10]
+
+    found = measure(wanted, data, run)
+
+    scores = [
+        ir_measures.ScoredDoc(query, passage, -float(place))
+        for query, passages in run.items()
+        for place, passage in enumerate(passages)
+    ]
+    judged = [ir_measures.Qrel(query, p, r) for query, each in qrels.items() for p, r in each.items()]
+    assert found.mean == pytest.approx(
+        {str(m): v for m, v in ir_measures.calc_aggregate(wanted, judged, scores).items()}
+    )
+    for value in ir_measures.iter_calc(wanted, judged, scores):
+        assert found.per_query[str(value.measure)][value.query_id] == pytest.approx(value.value)
+    assert all(set(values) == set(queries) for values in found.per_query.values())
+
+
+def test_every_judged_query_counts_even_without_results_or_anything_relevant() -> None:
+    data = JudgedSet("two", {"q1": "", "q2": ""}, {"a": ""}, {"q1": {"a": 1}, "q2": {"a": 0}})
+
+    assert measure([RR @ 10], data, {"q1": ["a"], "q2": ["a"]}).mean == {"RR@10": 0.5}
+    assert measure([RR @ 10], data, {"q1": ["a"]}).mean == {"RR@10": 0.5}
+    assert measure([RR @ 10], data, {"q1": [], "q2": []}).mean == {"RR@10": 0.0}
+
+
+def test_no_scores_are_equal_so_that_no_tool_breaks_ties_in_its_own_way() -> None:
+    assert trec_scores({"q": ["b", "a", "c"], "r": []}) == {"q": {"b": 3.0, "a": 2.0, "c": 1.0}, "r": {}}
+
+
+def test_an_unknown_measure_is_named() -> None:
+    assert [str(m) for m in parse_measures(["nDCG@5", "P@1"])] == ["nDCG@5", "P@1"]
+    for wrong in ("beauty", "nDCG@@", "import os"):
+        with pytest.raises(ValueError, match=f"measures='{wrong}': ir_measures does not know it"):
+            parse_measures(["AP", wrong])
+
+
+# Significance
+
+
+def test_significance_is_of_the_paired_differences() -> None:
+    first = {str(i): i / 100 for i in range(100)}
+    better = {query: value + 0.1 + int(query) % 3 / 100 for query, value in first.items()}
+    noisy = {query: value + (0.1 if int(query) % 2 else -0.1) for query, value in first.items()}
+
+    assert p_value(better, first) == p_value(first, better) < 0.001
+    assert p_value(noisy, first) > 0.5
+    assert p_value(first, first) == 1.0
+    assert p_value({"q": 1.0}, {"q": 0.0}) == 1.0
+
+
+def test_significance_by_hand() -> None:
+    """Four differences, all +1: of the 16 ways to flip their signs, two are as extreme."""
+    ones, zeros = dict.fromkeys("abcd", 1.0), dict.fromkeys("abcd", 0.0)
+
+    assert p_value(ones, zeros) == pytest.approx(2 / 16)
+
+
+# First stages
+
+
+def test_bm25_leaves_out_what_shares_no_word_and_keeps_the_order_of_equal_passages() -> None:
+    passages = {"x": "bamboo grass", "a": "red fox", "b": "bamboo grass", "c": "giant panda eats bamboo"}
+    data = JudgedSet("d", {"q1": "bamboo", "q2": "zebra", "q3": "the", "c": "panda"}, passages, {})
+
+    run = bm25_run(data, None)
+
+    assert run["q1"][:2] == ["x", "b"]
+    assert set(run["q1"]) == {"x", "b", "c"}
+    assert (run["q2"], run["q3"]) == ([], [])
+    assert bm25_run(data, 1) == {"q1": ["x"], "q2": [], "q3": [], "c": ["c"]}
+    assert bm25_run(data, 1, ignore_identical_ids=True)["c"] == []
+
+
+def test_bm25_finds_nothing_where_there_are_no_words() -> None:
+    data = JudgedSet("d", {"q": "?"}, {"a": "!", "b": "..."}, {})
+
+    assert bm25_run(data, 10) == {"q": []}
+
+
+def test_a_pool_is_ranked_whole_and_gains_nothing_from_the_order_of_the_file() -> None:
+    """Positives stand first in a rerank set: a first stage that says nothing must not profit from it."""
+    texts = {f"p{i}": f"text {i}" for i in range(40)}
+    pools = {"q": list(texts)}
+    data = JudgedSet("d", {"q": "zebra"}, texts, {"q": {"p0": 1}}, pools)
+    turned = JudgedSet("d", {"q": "zebra"}, texts, {"q": {"p0": 1}}, {"q": list(texts)[::-1]})
+
+    run = bm25_run(data, None)
+
+    assert set(run["q"]) == set(texts)
+    assert run == bm25_run(turned, None)
+    assert run["q"] not in (list(texts), list(texts)[::-1])
+
+
+def test_an_encoder_finds_by_meaning() -> None:
+    passages = {"a": "How to cook rice", "b": "The giant panda eats bamboo", "c": "A train to Berlin"}
+    data = JudgedSet("d", {"q": "food of bears in China", "c": "railway"}, passages, {})
+
+    run = encoder_run(data, str(embedded_base()), 2)
+
+    assert run["q"][0] == "b"
+    assert run["c"][0] == "c"
+    assert all(len(found) == 2 for found in run.values())
+    assert "c" not in encoder_run(data, str(embedded_base()), 2, ignore_identical_ids=True)["c"]
+    assert len(encoder_run(data, str(embedded_base()), None, prompt="query: ")["q"]) == 3
+
+
+# What is kept
+
+
+def test_nothing_is_scored_twice(tmp_path: Path) -> None:
+    first, second = Table(A=1, B=3, C=1), Table(A=1, B=3, C=1)
+
+    before = evaluate(THREE, FOUND, {"table": first}, output=tmp_path)
+    after = evaluate(THREE, FOUND, {"table": second}, output=tmp_path)
+
+    assert len(first.asked) == 3, "one to warm up, two queries"
+    assert second.asked == []
+    assert after == before, "the times too"
+
+
+def test_scores_of_other_candidates_or_another_system_are_not_taken(tmp_path: Path) -> None:
+    evaluate(THREE, FOUND, {"table": Table(A=1, B=3, C=1)}, output=tmp_path)
+    other, fewer = Table(A=1, B=3, C=1), Table(A=1, B=3, C=1)
+
+    evaluate(THREE, FOUND, {"other": other}, output=tmp_path)
+    evaluate(THREE, {**FOUND, "q1": ["b", "a"]}, {"table": fewer}, output=tmp_path)
+
+    assert len(other.asked) == 3
+    assert [passages for _, passages in fewer.asked] == [("B",), ("B", "A")]
+
+
+def test_settings_and_weights_tell_one_scorer_from_another(tmp_path: Path) -> None:
+    with Scorer(str(DATA / "encoder")) as plain, Scorer(str(DATA / "encoder"), max_length=8) as short:
+        for scorer in (plain, short, plain):
+            evaluate(THREE, FOUND, {"same name": scorer}, output=tmp_path)
+
+    assert len((tmp_path / "scores.jsonl").read_text().splitlines()) == 4
+
+
+@pytest.mark.parametrize("torn", [b'{"key": "12', b'{"key": "1", "scores": [1.0], "seconds": 1}'])
+def test_a_torn_last_line_is_dropped_and_scored_again(tmp_path: Path, torn: bytes) -> None:
+    file = tmp_path / "scores.jsonl"
+    whole = evaluate(THREE, FOUND, {"table": Table(A=1, B=3, C=1)}, output=tmp_path)
+    lines = file.read_bytes().splitlines(keepends=True)
+    file.write_bytes(lines[0] + torn)
+    table_ = Table(A=1, B=3, C=1)
+
+    again = evaluate(THREE, FOUND, {"table": table_}, output=tmp_path)
+
+    assert [query for query, _ in table_.asked] == ["two", "two"], "one to warm up"
+    assert [json.loads(line)["query"] for line in file.read_bytes().splitlines()] == ["q1", "q2"]
+    assert again.systems[1].quality == whole.systems[1].quality
+
+
+def test_a_bad_line_in_the_middle_is_named_and_nothing_is_changed(tmp_path: Path) -> None:
+    file = tmp_path / "scores.jsonl"
+    file.write_bytes(b'{"key": "1", "scores": 7, "seconds": 1}\n{"key')
+    content = file.read_bytes()
+
+    with pytest.raises(InputError, match=r'scores.jsonl:1: "scores" is a number'):
+        evaluate(THREE, FOUND, {"table": Table(A=1, B=3, C=1)}, output=tmp_path)
+
+    assert file.read_bytes() == content
+    assert [path.name for path in tmp_path.iterdir()] == ["scores.jsonl"]
+
+
+def test_results_of_other_data_are_not_overwritten(tmp_path: Path) -> None:
+    evaluate(THREE, FOUND, {"table": Table(A=1, B=3, C=1)}, output=tmp_path)
+    content = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    other = JudgedSet("three", THREE.queries, THREE.passages, {**THREE.qrels, "q3": {"d": 0}})
+
+    with pytest.raises(InputError, match=r"results.json: the results of other data, which would be lost"):
+        evaluate(other, FOUND, {"table": Table(A=1, B=3, C=1)}, output=tmp_path)
+
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == content
+    (tmp_path / "results.json").write_text("[]")
+    with pytest.raises(InputError, match=r"results.json: not the results of an evaluation"):
+        evaluate(THREE, FOUND, {"table": Table(A=1, B=3, C=1)}, output=tmp_path)
+
+
+def test_the_files_agree_with_the_report(tmp_path: Path) -> None:
+    report = evaluate(THREE, FOUND, {"the table": Table(A=1, B=3, C=1)}, output=tmp_path)
+
+    rows = [line.split("\t") for line in (tmp_path / "per_query.tsv").read_text().splitlines()]
+    assert rows[0] == ["query", "system", "nDCG@10", "RR@10", "AP", "R@10", "Success@10"]
+    assert rows[1:4] == [
+        ["q1", "first stage", f"{SECOND:.6g}", "0.5", "0.5", "1", "1"],
+        rows[2],
+        ["q3", "first stage", "0", "0", "0", "0", "0"],
+    ]
+    assert len(rows) == 7
+    written = list(ir_measures.read_trec_run(str(tmp_path / "runs" / "the-table.trec")))
+    qrels = {query: dict(judged) for query, judged in THREE.qrels.items()}
+    assert ir_measures.calc_aggregate([AP, nDCG @ 10], qrels, written) == pytest.approx(
+        {AP: report.systems[1].quality.mean["AP"], nDCG @ 10: report.systems[1].quality.mean["nDCG@10"]}
+    )
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert [system["measures"] for system in results["systems"]] == [dict(s.quality.mean) for s in report.systems]
+    assert results["systems"][1]["pairs"] == 6
+
+
+@pytest.mark.parametrize(
+    ("scores", "message"),
+    [
+        ([1.0], "returned 1 scores for 3"),
+        ([1.0, math.nan, 1.0], "score of passage 1 is nan"),
+        ("xyz", "could not convert"),
+    ],
+)
+def test_a_scorer_that_fails_is_named_with_its_query(scores: Sequence[float], message: str) -> None:
+    class Wrong:
+        def score(self, query: str, passages: Sequence[str]) -> Sequence[float]:
+            return scores
+
+    with pytest.raises(InputError, match=f"wrong, query 'q1': .*{message}"):
+        evaluate(THREE, FOUND, {"wrong": Wrong()})
+
+
+# What is shown
+
+
+def test_the_table_fits_80_columns_and_says_what_is_unsure() -> None:
+    long = "BAAI/bge-reranker-v2-minicpm-layerwise@28"
+    report = evaluate(THREE, FOUND, {long: Table(A=1, B=3, C=1), "b": Table(A=3, B=2, C=1)}, first_stage="BM25")
+
+    titles, rows = table(report)
+
+    assert titles == ("", "nDCG@10", "MRR@10", "MAP", "R@10", "hit@10", "p", "ms", "pairs/s")
+    assert rows[0] == ("BM25", "0.417", "0.333", "0.361", "0.667", "0.667", "", "", "")
+    assert rows[1][0].endswith("layerwise@28")
+    widths = [max(map(len, column)) for column in zip(titles, *rows, strict=True)]
+    assert sum(widths) + 2 * (len(widths) - 1) <= WIDTH
+    shown = notes(report)
+    assert shown[0] == "The candidates hold 66.7% of the relevant passages; reranking cannot find more."
+    assert f"b against {long}: -0." in " ".join(shown) or f"{long} against b: -0." in " ".join(shown)
+    assert max(map(len, shown)) <= WIDTH
+
+
+def test_the_plot_is_a_picture_even_where_nothing_was_timed(tmp_path: Path) -> None:
+    for number, scorers in enumerate(({}, {"table": Table(A=1, B=3, C=1)})):
+        plot(evaluate(THREE, FOUND, scorers), tmp_path / f"{number}.png")
+
+        assert (tmp_path / f"{number}.png").read_bytes().startswith(b"\x89PNG")
