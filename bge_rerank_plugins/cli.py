@@ -28,7 +28,7 @@ from .jsonl import InputError, Line, check_text, check_texts, json_line, read_li
 from .ranking import RankedPassage, check_cut
 from .scorer import Scorer
 from .settings import RerankSettings
-from .terminal import one_line, print_facts, print_table
+from .terminal import error_lines, one_line, print_facts, print_table
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _drop_stdout()
         return BROKEN_PIPE
     except (ValueError, OSError, ImportError, RuntimeError) as error:
-        sys.stderr.write(f"bge-rerank: {one_line(error)}\n")
+        sys.stderr.writelines(f"bge-rerank: {message}\n" for message in error_lines(error))
         return BAD_INPUT
     return 0
 
