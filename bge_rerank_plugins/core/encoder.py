@@ -111,37 +111,27 @@ class PairTemplate:
         return [kind for kind, length in zip(self.type_ids, lengths, strict=True) for _ in range(length)]
 
 
-class Encoder:
-    """A cross-encoder. See `families.Family` for what its methods mean."""
+class PairIds:
+    """Builds the token ids of requests, as `prompt.Prompt` does for the LLM rerankers.
 
-    name: ClassVar[str] = "encoder"
-    architectures: ClassVar[tuple[str, ...]] = tuple(ARCHITECTURES)
-    float16_is_safe: ClassVar[bool] = True
-    layers: ClassVar[range | None] = None
+    Args:
+        tokenizer: The checkpoint's.
+        settings: With the user's instructions and lengths.
+        max_length: Longest pair in tokens.
+        skipped: Id of a token that does not count as a position, or None.
+        token_types: Whether the model tells query from passage by segment.
+
+    Raises:
+        ValueError: A `max_length` that leaves no room.
+    """
 
     def __init__(
-        self,
-        model: PreTrainedModel,
-        tokenizer: Tokenizer,
-        settings: RerankSettings,
-        max_length: int,
-        architecture: Architecture,
+        self, tokenizer: Tokenizer, settings: RerankSettings, max_length: int, skipped: int | None, token_types: bool
     ) -> None:
         self.max_length = max_length
-        backbone: Any = model.base_model
-        pack_linear_layers(backbone.encoder)
-        layers = backbone.encoder.layer
-        for layer in layers:
-            if isinstance(layer.intermediate.intermediate_act_fn, GELUActivation):
-                layer.intermediate.intermediate_act_fn = _GELUInPlace()
-        self._last_layer = layers[-1]
-        backbone.encoder.layer = layers[:-1]
-        self._backbone = backbone
-        self._head = architecture.head(model).float()  # scores are float32 from the head on
-        self._first_position = architecture.first_position(model.config)
-        self._skipped = model.config.pad_token_id if architecture.skips_padding else None
-        self._token_types = architecture.token_types
         self._tokenizer = tokenizer
+        self._skipped = skipped
+        self._token_types = token_types
         self._template = PairTemplate.of(tokenizer)
         self._query_instruction = settings.query_instruction or ""
         self._passage_instruction = settings.passage_instruction or ""
@@ -153,34 +143,16 @@ class Encoder:
         self._query_room = min(settings.query_max_length or max_length * 3 // 4, self._room)
 
     @classmethod
-    def load(
-        cls, checkpoint: Checkpoint, settings: RerankSettings, device: torch.device, dtype: torch.dtype
-    ) -> Encoder:
-        """The cross-encoder with its weights on `device`.
+    def of(cls, checkpoint: Checkpoint, settings: RerankSettings) -> PairIds:
+        """The ids of a checkpoint's pairs.
 
         Raises:
-            ValueError: An option that cross-encoders do not have, a `max_length` beyond the positions, more than one label,
-                a head that is not in the files.
+            ValueError: An option that cross-encoders do not have, a `max_length` beyond the positions or without room, more
+                than one label.
         """
         config, architecture, max_length = _checked(checkpoint, settings)
-        tokenizer = checkpoint.tokenizer().backend_tokenizer
-        model = checkpoint.load(AutoModelForSequenceClassification, config, dtype, device)
-        return cls(model, tokenizer, settings, max_length, architecture)
-
-    @classmethod
-    def describe(cls, checkpoint: Checkpoint, settings: RerankSettings) -> dict[str, str]:
-        """Facts from the config, by name, without loading any weights.
-
-        Raises:
-            ValueError: As `load`, but for what only the weights can tell.
-        """
-        config, _, max_length = _checked(checkpoint, settings)
-        return {
-            "layers": str(config.num_hidden_layers),
-            "hidden size": str(config.hidden_size),
-            "vocabulary": f"{config.vocab_size} tokens",
-            "max_length": f"{max_length} tokens a pair",
-        }
+        skipped = config.pad_token_id if architecture.skips_padding else None
+        return cls(checkpoint.tokenizer().backend_tokenizer, settings, max_length, skipped, architecture.token_types)
 
     def encode(self, query: str, passages: Sequence[str]) -> list[TokenSequence]:
         """The query cut to `query_max_length` and the template's special tokens, then the passage cut to what is left."""
@@ -207,6 +179,67 @@ class Encoder:
 
     def _ids(self, texts: list[str]) -> list[list[int]]:
         return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+
+
+class Encoder:
+    """A cross-encoder. See `families.Family` for what its methods mean."""
+
+    name: ClassVar[str] = "encoder"
+    architectures: ClassVar[tuple[str, ...]] = tuple(ARCHITECTURES)
+    float16_is_safe: ClassVar[bool] = True
+    layers: ClassVar[range | None] = None
+
+    def __init__(self, model: PreTrainedModel, pairs: PairIds, architecture: Architecture) -> None:
+        self.max_length = pairs.max_length
+        self._pairs = pairs
+        backbone: Any = model.base_model
+        pack_linear_layers(backbone.encoder)
+        layers = backbone.encoder.layer
+        for layer in layers:
+            if isinstance(layer.intermediate.intermediate_act_fn, GELUActivation):
+                layer.intermediate.intermediate_act_fn = _GELUInPlace()
+        self._last_layer = layers[-1]
+        backbone.encoder.layer = layers[:-1]
+        self._backbone = backbone
+        self._head = architecture.head(model).float()  # scores are float32 from the head on
+        self._first_position = architecture.first_position(model.config)
+
+    @classmethod
+    def load(
+        cls, checkpoint: Checkpoint, settings: RerankSettings, device: torch.device, dtype: torch.dtype
+    ) -> Encoder:
+        """The cross-encoder with its weights on `device`.
+
+        Raises:
+            ValueError: An option that cross-encoders do not have, a `max_length` beyond the positions, more than one label,
+                a head that is not in the files.
+        """
+        config, architecture, _ = _checked(checkpoint, settings)
+        pairs = PairIds.of(checkpoint, settings)
+        return cls(checkpoint.load(AutoModelForSequenceClassification, config, dtype, device), pairs, architecture)
+
+    @classmethod
+    def describe(cls, checkpoint: Checkpoint, settings: RerankSettings) -> dict[str, str]:
+        """Facts from the config, by name, without loading any weights.
+
+        Raises:
+            ValueError: As `load`, but for what only the weights can tell.
+        """
+        config, _, max_length = _checked(checkpoint, settings)
+        return {
+            "layers": str(config.num_hidden_layers),
+            "hidden size": str(config.hidden_size),
+            "vocabulary": f"{config.vocab_size} tokens",
+            "max_length": f"{max_length} tokens a pair",
+        }
+
+    def encode(self, query: str, passages: Sequence[str]) -> list[TokenSequence]:
+        """The query cut to `query_max_length` and the template's special tokens, then the passage cut to what is left."""
+        return self._pairs.encode(query, passages)
+
+    def windows(self, query: str, passage: str) -> list[str]:
+        """The passage in parts that fit beside the query, each overlapping the next; the passage itself if it fits."""
+        return self._pairs.windows(query, passage)
 
     def forward(self, pack: Pack, cutoff_layers: Sequence[int] = ()) -> Tensor:
         """Logits of the pack's sequences. Shape (sequences,), float32."""
