@@ -24,6 +24,7 @@ from . import __version__
 from .adapter import AdapterSettings
 from .arguments import add_fields, add_settings, flag_of, given, settings_of
 from .demo import FRAMEWORKS, PUBLISHED_MODEL, QUERIES
+from .finetune.command import add_distill, add_finetune, add_mine, run_distill, run_finetune, run_mine
 from .jsonl import InputError, Line, check_text, check_texts, json_line, read_lines
 from .ranking import RankedPassage, check_cut
 from .scorer import Scorer
@@ -261,6 +262,11 @@ COMMANDS = {
         "Compare the layers of a layerwise model: agreement with the top one, and time.", _add_layers, _layers
     ),
     "verify": Command("Check a model against the scores that its card publishes.", _add_verify, _verify),
+    "finetune": Command("Fine-tune a reranker on queries, positives and negatives.", add_finetune, run_finetune),
+    "mine": Command("Find hard negatives for the lines of a file.", add_mine, run_mine),
+    "distill": Command(
+        "Add a teacher's scores to the lines of a file, for finetune to learn from.", add_distill, run_distill
+    ),
     "demo": Command("Search the documentation of this Python's standard library: before and after.", _add_demo, _demo),
 }
 
