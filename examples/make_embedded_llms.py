@@ -75,10 +75,13 @@ def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sources", type=Path, nargs="+", default=[Path(sysconfig.get_path("purelib"))])
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--per-package", type=int, default=1500, help="at most so many pairs of one package")
-    parser.add_argument("--queries", type=int, default=12000, help="so many of the pairs, drawn at random")
+    parser.add_argument("--per-package", type=int, default=300, help="at most so many pairs of one package")
+    parser.add_argument("--queries", type=int, default=3500, help="so many of the pairs, drawn at random")
     parser.add_argument("--negatives", type=int, default=3, help="mined for each query; the others are drawn at random")
-    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument(
+        "--scored", type=int, default=2302, help="so many of them, the first, are scored and trained on"
+    )
+    parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--only", choices=MAKERS, nargs="+", help="train only this; both by default")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
@@ -114,7 +117,7 @@ def make_decoder(folder: Path) -> None:
     config = GemmaConfig(
         **SHAPE, num_hidden_layers=4, num_key_value_heads=1, head_dim=HIDDEN // HEADS, intermediate_size=3 * HIDDEN
     )
-    save_quietly(GemmaForCausalLM(config), folder)
+    save_quietly(matching(GemmaForCausalLM(config)), folder)
 
 
 def make_layerwise(folder: Path) -> None:
@@ -139,8 +142,21 @@ def make_layerwise(folder: Path) -> None:
     }
     config = _granite_config(published, published["num_hidden_layers"])
     config.initializer_range = WIDTH
-    save_quietly(LayerwiseModel(config), folder)
+    save_quietly(matching(LayerwiseModel(config)), folder)
     (folder / "config.json").write_text(json.dumps(published, indent=2) + "\n")
+
+
+def matching(model: PreTrainedModel) -> PreTrainedModel:
+    """The same with every head's queries made as its keys are, so that a token looks for its like from the first step on.
+
+    That is most of what a reranker this small can learn, and from other random weights it takes much longer.
+    """
+    for layer in model.model.layers:
+        keys = layer.self_attn.k_proj.weight
+        torch.nn.init.normal_(keys, std=HIDDEN**-0.5)
+        queries = layer.self_attn.q_proj.weight
+        queries.data = keys.data.repeat(len(queries) // len(keys), 1)
+    return model
 
 
 def save_quietly(model: PreTrainedModel, folder: Path) -> None:
@@ -160,7 +176,11 @@ def write_data(pairs: list[Pair], options: argparse.Namespace) -> None:
     (folder / "pairs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     mined = folder / "mined.jsonl"
     run("mine", folder / "pairs.jsonl", "--output", mined, "--first", 1, "--last", 30, "--negatives", options.negatives)
-    run("distill", mined, "--output", folder / "scored.jsonl", "--model", "embedded", "--max-length", 112)
+    some = folder / "mined-first.jsonl"
+    some.write_text(
+        "".join(mined.read_text(encoding="utf-8").splitlines(keepends=True)[: options.scored]), encoding="utf-8"
+    )
+    run("distill", some, "--output", folder / "scored.jsonl", "--model", "embedded", "--max-length", 112)
 
 
 def train(name: str, untrained: Path, scored: Path, options: argparse.Namespace) -> None:
@@ -168,8 +188,8 @@ def train(name: str, untrained: Path, scored: Path, options: argparse.Namespace)
     trained, shipped = options.output / f"trained-{name}", options.output / name
     run(
         "finetune", untrained, "--data", scored, "--output-dir", trained, "--no-lora", "--knowledge-distillation",
-        "--teacher-temperature", 2.0, "--query-max-len", 24, "--passage-max-len", 72, "--train-group-size", 8,
-        "--per-device-train-batch-size", 8, "--max-steps", options.steps, "--learning-rate", 1e-3,
+        "--teacher-temperature", 2.0, "--query-max-len", 20, "--passage-max-len", 44, "--train-group-size", 8,
+        "--per-device-train-batch-size", 4, "--max-steps", options.steps, "--learning-rate", 3e-4,
         "--lr-scheduler-type", "cosine", "--held-out", 0.01, "--logging-steps", 20, "--eval-steps", 100,
         "--save-steps", 100, "--seed", options.seed,
         *(["--resume"] if (trained / "finetune.json").exists() else []),

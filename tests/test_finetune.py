@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -124,6 +125,43 @@ def test_what_is_saved_has_the_published_layout(tmp_path: Path) -> None:
     assert after == before
     assert AutoModelForSequenceClassification.from_pretrained(tmp_path / "encoder").num_labels == 1
     AutoModelForCausalLM.from_pretrained(tmp_path / "decoder")
+
+
+def base_model(family: str, folder: Path) -> str:
+    """The family's tiny checkpoint as a base model without a scoring head, in that one's layout."""
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(DATA / family, folder)
+    weights = load_file(DATA / family / "model.safetensors")
+    bare = {name: tensor for name, tensor in weights.items() if not name.startswith(("classifier.", "lm_head."))}
+    assert len(bare) < len(weights)
+    save_file(bare, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    architectures = {"encoder": "XLMRobertaForMaskedLM", "layerwise": "MiniCPMForCausalLM"}
+    for name in ("id2label", "label2id", "start_layer", "head_multi", "head_type"):
+        config.pop(name, None)
+    (folder / "config.json").write_text(json.dumps(config | {"architectures": [architectures[family]]}))
+    return str(folder)
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("family", ["encoder", "layerwise"])
+def test_a_base_model_becomes_a_reranker(family: str, lora: bool, tmp_path: Path) -> None:
+    model, out = base_model(family, tmp_path / "base"), tmp_path / "out"
+    data = write_lines(tmp_path / "train.jsonl", toy_lines(8, 0))
+    with pytest.raises(ValueError, match="is not supported"):
+        Scorer(model).score(QUERY, PASSAGES)
+
+    result = finetune(
+        FinetuneSettings(model=model, data=data, output_dir=str(out), lora=lora, max_steps=2, train_group_size=3)
+    )
+
+    assert result.is_adapter == (lora and family == "encoder"), "heads alone make no MiniCPM a layerwise reranker"
+    with Scorer(**{"model": model, "peft_path": str(out)} if result.is_adapter else {"model": str(out)}) as scorer:
+        scores = scorer.score(QUERY, PASSAGES)
+        assert len(set(scores)) == len(PASSAGES)
+        if family == "layerwise":
+            assert set(scorer.score_layers(QUERY, PASSAGES, range(8, 12))) == {8, 9, 10, 11}
 
 
 def run_killed_after(command: list[str], checkpoint: Path) -> None:

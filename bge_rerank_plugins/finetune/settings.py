@@ -22,7 +22,6 @@ TRAINING_ARGUMENTS = (
     "save_steps",
     "save_total_limit",
     "seed",
-    "use_cpu",
 )
 """Fields of `FinetuneSettings` that `TrainingArguments` takes as they are."""
 

@@ -81,13 +81,14 @@ def finetune(settings: FinetuneSettings) -> FinetuneResult:
     collator = Collator(trainee.encoder(), settings.teacher_temperature)
     collator([groups[0]])  # lengths that leave no room are found here, not after minutes
     learning_rate = settings.learning_rate or LEARNING_RATES[trainee.uses_lora]
+    arguments = _training_arguments(settings, len(groups), learning_rate, evaluated=bool(held_out))
     # From here on things are written.
     if is_first_process():
         folder.mkdir(parents=True, exist_ok=True)
         (folder / SETTINGS_FILE).write_text(settings.model_dump_json(indent=2) + "\n", encoding="utf-8")
     trainer = RankingTrainer(
         trainee,
-        _training_arguments(settings, len(groups), learning_rate, evaluated=bool(held_out)),
+        arguments,
         groups,
         evaluation_groups(held_out, Corpus(corpus), settings.train_group_size, settings.seed),
         collator,
@@ -159,11 +160,13 @@ def _training_arguments(
     import torch
     from transformers import TrainingArguments
 
+    accelerated = torch.accelerator.is_available() and not settings.use_cpu
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     at_once = settings.per_device_train_batch_size * settings.gradient_accumulation_steps * processes
     steps = settings.max_steps or math.ceil(groups / at_once * settings.num_train_epochs)
     return TrainingArguments(
         **{name: getattr(settings, name) for name in TRAINING_ARGUMENTS},
+        use_cpu=not accelerated,
         max_steps=settings.max_steps or -1,
         learning_rate=learning_rate,
         warmup_steps=settings.warmup_ratio,
@@ -171,7 +174,7 @@ def _training_arguments(
         eval_steps=settings.eval_steps or math.ceil(steps / EVALUATIONS),
         save_strategy="steps",
         remove_unused_columns=False,
-        dataloader_pin_memory=torch.cuda.is_available() and not settings.use_cpu,
+        dataloader_pin_memory=accelerated,
         ddp_find_unused_parameters=False,
         report_to=[],
         disable_tqdm=True,
