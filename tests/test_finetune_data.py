@@ -228,8 +228,17 @@ def test_ties_do_not_help_the_reciprocal_rank() -> None:
 # Mining.
 
 
+worded = st.lists(
+    st.lists(st.sampled_from(["panda", "Panda", "bear", "tiger"]), min_size=1, max_size=3).map(" ".join),
+    min_size=1,
+    max_size=3,
+)
+
+
 @given(
-    lines=st.lists(st.tuples(st.sampled_from(["a b", "A  b", "c"]), passages, passages), min_size=1, max_size=8),
+    lines=st.lists(
+        st.tuples(st.sampled_from(["panda bear", "Panda  bear", "tiger"]), worded, worded), min_size=1, max_size=6
+    ),
     first=st.integers(1, 3),
     negatives=st.integers(1, 5),
 )
