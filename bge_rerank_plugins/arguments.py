@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterable
 from types import NoneType
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel
 
 from .settings import RerankSettings
+
+_Model = TypeVar("_Model", bound=BaseModel)
 
 
 def add_settings(parser: argparse.ArgumentParser, default_model: str | None = None) -> None:
@@ -31,7 +33,12 @@ def add_fields(
         if field.default not in (None, False, ""):
             text += f" (default: {field.default})"
         parser.add_argument(
-            flag_of(name), dest=name, default=argparse.SUPPRESS, help=text, **_flag_kind(field.annotation)
+            flag_of(name),
+            dest=name,
+            default=argparse.SUPPRESS,
+            required=field.is_required(),
+            help=text,
+            **_flag_kind(field.annotation),
         )
 
 
@@ -63,5 +70,10 @@ def given(arguments: argparse.Namespace, name: str) -> Any:
 
 def settings_of(arguments: argparse.Namespace, **fixed: Any) -> RerankSettings:
     """The options of the scorer among the arguments, with some of them fixed."""
-    values = {name: value for name, value in vars(arguments).items() if name in RerankSettings.model_fields}
-    return RerankSettings(**(values | fixed))
+    return fields_of(arguments, RerankSettings, **fixed)
+
+
+def fields_of(arguments: argparse.Namespace, model: type[_Model], **fixed: Any) -> _Model:
+    """The fields of a model among the arguments, with some of them fixed."""
+    values = {name: value for name, value in vars(arguments).items() if name in model.model_fields}
+    return model(**(values | fixed))

@@ -25,11 +25,12 @@ from .adapter import AdapterSettings
 from .arguments import add_fields, add_settings, flag_of, given, settings_of
 from .demo import FRAMEWORKS, PUBLISHED_MODEL, QUERIES
 from .evaluation import command as evaluation
+from .finetune.command import add_distill, add_finetune, add_mine, run_distill, run_finetune, run_mine
 from .jsonl import InputError, Line, check_text, check_texts, json_line, read_lines
 from .ranking import RankedPassage, check_cut
 from .scorer import Scorer
 from .settings import RerankSettings
-from .terminal import one_line, print_facts, print_table
+from .terminal import error_lines, one_line, print_facts, print_table
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
@@ -61,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _drop_stdout()
         return BROKEN_PIPE
     except (ValueError, OSError, ImportError, RuntimeError) as error:
-        sys.stderr.write(f"bge-rerank: {one_line(error)}\n")
+        sys.stderr.writelines(f"bge-rerank: {message}\n" for message in error_lines(error))
         return BAD_INPUT
     return 0
 
@@ -282,6 +283,11 @@ COMMANDS = {
     "verify": Command("Check a model against the scores that its card publishes.", _add_verify, _verify),
     "export-onnx": Command("Write a cross-encoder as an ONNX graph, checked against torch.", _add_export, _export),
     "eval": Command(evaluation.SUMMARY, evaluation.add_arguments, evaluation.run),
+    "finetune": Command("Fine-tune a reranker on queries, positives and negatives.", add_finetune, run_finetune),
+    "mine": Command("Find hard negatives for the lines of a file.", add_mine, run_mine),
+    "distill": Command(
+        "Add a teacher's scores to the lines of a file, for finetune to learn from.", add_distill, run_distill
+    ),
     "demo": Command("Search the documentation of this Python's standard library: before and after.", _add_demo, _demo),
 }
 

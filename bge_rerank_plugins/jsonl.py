@@ -8,13 +8,25 @@ from __future__ import annotations
 import codecs
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import NoneType
 from typing import Any, NamedTuple
 
 
 class InputError(ValueError):
     """What was given cannot be used; the message is one line for the user."""
+
+
+class InputErrors(InputError):
+    """Several things that cannot be used.
+
+    Attributes:
+        messages: A line for each.
+    """
+
+    def __init__(self, messages: Sequence[str]) -> None:
+        super().__init__("\n".join(messages))
+        self.messages = tuple(messages)
 
 
 class Line(NamedTuple):
@@ -40,6 +52,40 @@ def read_lines(source: Iterable[bytes], name: str, check: Callable[[dict[str, An
     Raises:
         InputError: A malformed line; the message tells the file, the line's number and why.
     """
+    for line in _checked_lines(source, name, check):
+        if isinstance(line, InputError):
+            raise line
+        yield line
+
+
+def read_all_lines(source: Iterable[bytes], name: str, check: Callable[[dict[str, Any]], None]) -> list[Line]:
+    """Reads all lines before anything is done with them; blank ones are skipped.
+
+    Args:
+        source: The lines, UTF-8.
+        name: Name of the file, for messages.
+        check: Raises ValueError for an object that is not what is expected.
+
+    Raises:
+        InputErrors: Every malformed line, each with the file, the line's number and why; or there is no line at all.
+    """
+    lines: list[Line] = []
+    errors: list[str] = []
+    for line in _checked_lines(source, name, check):
+        if isinstance(line, InputError):
+            errors.append(str(line))
+        else:
+            lines.append(line)
+    if not lines and not errors:
+        errors.append(f"{name}: no lines")
+    if errors:
+        raise InputErrors(errors)
+    return lines
+
+
+def _checked_lines(
+    source: Iterable[bytes], name: str, check: Callable[[dict[str, Any]], None]
+) -> Iterator[Line | InputError]:
     for number, raw in enumerate(source, start=1):
         text = (raw.removeprefix(codecs.BOM_UTF8) if number == 1 else raw).rstrip()
         if not text:
@@ -48,9 +94,12 @@ def read_lines(source: Iterable[bytes], name: str, check: Callable[[dict[str, An
         try:
             record = _record(text)
             check(record)
-            yield Line(place, record)
         except ValueError as error:
-            raise InputError(f"{place}: {error}") from error
+            wrong = InputError(f"{place}: {error}")
+            wrong.__cause__ = error
+            yield wrong
+        else:
+            yield Line(place, record)
 
 
 def check_text(record: dict[str, Any], key: str) -> None:
@@ -68,6 +117,16 @@ def check_texts(record: dict[str, Any], key: str) -> None:
     for index, text in enumerate(record[key]):
         if not isinstance(text, str):
             raise ValueError(f'"{key}"[{index}] is {json_kind(text)}, expected a string')
+
+
+def check_numbers(record: dict[str, Any], key: str) -> None:
+    """Raises ValueError unless the object has an array of numbers there."""
+    _check_key(record, key)
+    if not isinstance(record[key], list):
+        raise ValueError(f'"{key}" is {json_kind(record[key])}, expected an array of numbers')
+    for index, number in enumerate(record[key]):
+        if json_kind(number) != "a number":
+            raise ValueError(f'"{key}"[{index}] is {json_kind(number)}, expected a number')
 
 
 def _check_key(record: dict[str, Any], key: str) -> None:

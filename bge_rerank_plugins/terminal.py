@@ -10,6 +10,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from .jsonl import InputErrors
+
 
 def print_facts(facts: dict[str, str]) -> None:
     """Prints names and what they are, long texts over several lines."""
@@ -31,6 +33,11 @@ def print_table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
             for cell, width in zip(row, widths, strict=True)
         ]
         sys.stdout.write("  ".join(cells).rstrip() + "\n")
+
+
+def error_lines(error: Exception) -> list[str]:
+    """The messages of an error, a line each."""
+    return list(error.messages) if isinstance(error, InputErrors) else [one_line(error)]
 
 
 def one_line(error: Exception) -> str:

@@ -1,8 +1,10 @@
-"""Measure the embedded model on text it was not trained on: the standard library's documentation.
+"""Measure the embedded models on text they were not trained on: the standard library's documentation.
 
     pip install "bge-rerank-plugins[demo]" ir_measures scipy
     python examples/evaluate_embedded.py
     python examples/evaluate_embedded.py --queries 200 --compare-dtypes
+    python examples/evaluate_embedded.py --queries 300 --models embedded embedded-decoder
+    python examples/evaluate_embedded.py --queries 300 --models embedded-layerwise --layers 2 5 8
 
 Each query is the first sentence of a docstring, and the one relevant passage is its name and the rest. BM25
 retrieves 50 of all passages, the model ranks them again; a passage that BM25 misses counts as not found for both.
@@ -32,13 +34,17 @@ def main() -> None:
     corpus = pairs(standard_library())
     asked = chosen_queries(len(corpus), options.queries)
     candidates = retrieve(corpus, asked, options.top)
+    runs = {"BM25, shuffled": shuffled(candidates), "BM25 alone": candidates}
     start = time.perf_counter()
-    reranked = rerank(corpus, candidates, Scorer("embedded", dtype=options.dtype, max_length=options.max_length))
+    for model in options.models:
+        for layer in options.layers or [None]:
+            scorer = Scorer(model, dtype=options.dtype, max_length=options.max_length, cutoff_layer=layer)
+            runs[f"BM25 + {model}" + (f", layer {layer}" if layer else "")] = rerank(corpus, candidates, scorer)
     seconds = time.perf_counter() - start
 
     relevant = {query: {query: 1} for query in candidates}
     print(f"{len(asked)} queries, {len(corpus)} passages, the {options.top} best of BM25 reranked in {seconds:.0f} s")
-    print_table(relevant, {"BM25 alone": candidates, "BM25 + embedded": reranked})
+    print_table(relevant, runs)
     if options.compare_dtypes:
         fast = rerank(corpus, candidates, Scorer("embedded", dtype="bfloat16", max_length=options.max_length))
         exact = rerank(corpus, candidates, Scorer("embedded", dtype="float32", max_length=options.max_length))
@@ -50,6 +56,8 @@ def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--queries", type=int, help="so many queries drawn at random; all by default")
     parser.add_argument("--top", type=int, default=50, help="passages to rerank for each query")
+    parser.add_argument("--models", nargs="+", default=["embedded"], help="models to rerank with, directories too")
+    parser.add_argument("--layers", type=int, nargs="+", help="cutoff layers, of layerwise models")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--max-length", type=int)
     parser.add_argument("--compare-dtypes", action="store_true", help="also correlate bfloat16 with float32")
@@ -84,13 +92,20 @@ def rerank(corpus: list[Pair], candidates: Run, scorer: Scorer) -> Run:
         }
 
 
+def shuffled(candidates: Run) -> Run:
+    """The same candidates in random order: what knowing nothing achieves."""
+    draw = random.Random(0)
+    return {query: {passage: draw.random() for passage in found} for query, found in candidates.items()}
+
+
 def print_table(relevant: dict[str, dict[str, int]], runs: dict[str, Run]) -> None:
     """A Markdown table, a row for each run."""
-    print(f"| {'':15} |" + "".join(f" {name:>7} |" for name in MEASURES))
-    print(f"|{'-' * 17}|" + f"{'-' * 8}:|" * len(MEASURES))
+    width = max(map(len, runs))
+    print(f"| {'':{width}} |" + "".join(f" {name:>7} |" for name in MEASURES))
+    print(f"|{'-' * (width + 2)}|" + f"{'-' * 8}:|" * len(MEASURES))
     for name, run in runs.items():
         values = ir_measures.calc_aggregate(MEASURES.values(), relevant, run)
-        print(f"| {name:15} |" + "".join(f" {values[measure]:7.3f} |" for measure in MEASURES.values()))
+        print(f"| {name:{width}} |" + "".join(f" {values[measure]:7.3f} |" for measure in MEASURES.values()))
 
 
 def print_correlation(fast: Run, exact: Run) -> None:

@@ -55,14 +55,20 @@ def main() -> None:
     examples = training_pairs(options.sources, options.per_package)
     log(f"{len(examples)} training pairs")
     order = query_order(len(examples), options.steps * options.queries)
-    train(ranking_lists(examples, order), options)
+    lists = ranking_lists(examples, order)
+    if options.lines is None:
+        train(lists, options)
+    else:
+        write_lines(lists, options.lines)
 
 
 def parse_options() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sources", type=Path, nargs="+", default=[Path(sysconfig.get_path("purelib"))])
-    parser.add_argument("--output", type=Path, required=True)
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--output", type=Path, help="train, and write the adapter there")
+    what.add_argument("--lines", type=Path, help="write the data of `bge-rerank finetune` there instead")
     parser.add_argument("--steps", type=int, default=1200)
     parser.add_argument("--queries", type=int, default=6, help="queries a step, each with its passage and 7 others")
     parser.add_argument("--learning-rate", type=float, default=4e-4)
@@ -166,6 +172,12 @@ def overlap(a: str, b: str) -> float:
     """The share of words that two texts have in common."""
     first, second = set(words(a)), set(words(b))
     return len(first & second) / len(first | second)
+
+
+def write_lines(lists: list[RankingList], path: Path) -> None:
+    """Write the lists as training data in the model cards' format."""
+    lines = [{"query": query, "pos": passages[:1], "neg": passages[1:]} for query, passages in lists]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
 
 
 # --------------------------------------------------------------------------------------------------- the training

@@ -26,6 +26,8 @@ from .attention import ATTENTION
 from .sequences import longest_pair
 
 if TYPE_CHECKING:
+    from typing_extensions import Self
+
     from ..settings import RerankSettings
 
 # Without one of these, transformers makes up an empty tokenizer in silence.
@@ -57,7 +59,7 @@ class Checkpoint:
     show_progress: bool = False
 
     @classmethod
-    def from_settings(cls, settings: RerankSettings) -> Checkpoint:
+    def from_settings(cls, settings: RerankSettings) -> Self:
         """The checkpoint that the settings name; "embedded" is the demo model."""
         model, peft_path = settings.model, settings.peft_path
         if model == "embedded":
@@ -171,7 +173,14 @@ class Checkpoint:
         return tokenizer
 
     def load(
-        self, auto_class: Any, config: PreTrainedConfig, dtype: torch.dtype, device: torch.device
+        self,
+        auto_class: Any,
+        config: PreTrainedConfig,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        attention: str = ATTENTION,
+        may_lack: tuple[str, ...] = (),
     ) -> PreTrainedModel:
         """The model with every weight from the files, its adapter merged, in evaluation mode.
 
@@ -180,6 +189,8 @@ class Checkpoint:
             config: What to build.
             dtype: Precision of the weights.
             device: Where they go.
+            attention: transformers' name of the attention.
+            may_lack: Beginnings of the names of weights that may be new, since they are about to be trained.
 
         Raises:
             ValueError: No safetensors, or weights that neither the checkpoint nor its adapter holds.
@@ -190,14 +201,14 @@ class Checkpoint:
                     self.model,
                     config=config,
                     dtype=dtype,
-                    attn_implementation=ATTENTION,
+                    attn_implementation=attention,
                     use_safetensors=True,
                     output_loading_info=True,
                     **self._hub(),
                 )
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise ValueError(f"model={self.model!r}: its weights cannot be loaded: {error}") from error
-        missing = set(report["missing_keys"]) - self._adapter_keys()
+        missing = {name for name in report["missing_keys"] if not name.startswith(may_lack)} - self._adapter_keys()
         if missing:
             raise ValueError(
                 f"model={self.model!r}: the checkpoint lacks {', '.join(sorted(missing))}; "

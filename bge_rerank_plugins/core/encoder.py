@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel
 from transformers.activations import GELUActivation
@@ -65,15 +64,9 @@ class Encoder:
     float16_is_safe: ClassVar[bool] = True
     layers: ClassVar[range | None] = None
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        tokenizer: Tokenizer,
-        settings: RerankSettings,
-        max_length: int,
-        architecture: Architecture,
-    ) -> None:
+    def __init__(self, model: PreTrainedModel, pairs: PairEncoder, max_length: int, architecture: Architecture) -> None:
         self.max_length = max_length
+        self._pairs = pairs
         backbone: Any = model.base_model
         pack_linear_layers(backbone.encoder)
         layers = backbone.encoder.layer
@@ -85,8 +78,6 @@ class Encoder:
         self._backbone = backbone
         self._head = architecture.head(model).float()  # scores are float32 from the head on
         self._first_position = architecture.layout.first_position(model.config.pad_token_id)
-        layout = architecture.layout
-        self._pairs = PairEncoder(tokenizer, layout, int(model.config.pad_token_id or 0), settings, max_length)
 
     @classmethod
     def load(
@@ -99,9 +90,9 @@ class Encoder:
                 a head that is not in the files.
         """
         config, architecture, max_length = checked_config(checkpoint, settings)
-        tokenizer = checkpoint.tokenizer().backend_tokenizer
+        pairs = pair_encoder(checkpoint, settings)
         model = checkpoint.load(AutoModelForSequenceClassification, config, dtype, device)
-        return cls(model, tokenizer, settings, max_length, architecture)
+        return cls(model, pairs, max_length, architecture)
 
     @classmethod
     def describe(cls, checkpoint: Checkpoint, settings: RerankSettings) -> dict[str, str]:
@@ -196,13 +187,29 @@ def checked_config(checkpoint: Checkpoint, settings: RerankSettings) -> tuple[Pr
         raise ValueError(
             f"model={checkpoint.model!r}: position_embedding_type={kind!r} is not supported, only 'absolute'"
         )
-    architecture = _architecture_of(config, checkpoint)
+    architecture = architecture_of(config, checkpoint)
     first_position = architecture.layout.first_position(config.pad_token_id)
     max_length = checkpoint.max_length(settings.max_length, config.max_position_embeddings - first_position)
     return config, architecture, max_length
 
 
-def _architecture_of(config: PreTrainedConfig, checkpoint: Checkpoint) -> Architecture:
+def pair_encoder(checkpoint: Checkpoint, settings: RerankSettings) -> PairEncoder:
+    """What makes token ids of a checkpoint's pairs, without its weights.
+
+    Raises:
+        ValueError: As `checked_config`, or a `max_length` that leaves no room for text.
+    """
+    config, architecture, max_length = checked_config(checkpoint, settings)
+    tokenizer = checkpoint.tokenizer().backend_tokenizer
+    return PairEncoder(tokenizer, architecture.layout, int(config.pad_token_id or 0), settings, max_length)
+
+
+def architecture_of(config: PreTrainedConfig, checkpoint: Checkpoint) -> Architecture:
+    """The row of `ARCHITECTURES` for a config.
+
+    Raises:
+        ValueError: There is none.
+    """
     classes: Any = AutoModelForSequenceClassification._model_mapping
     model_class: str = classes[type(config)].__name__
     if model_class not in ARCHITECTURES:

@@ -80,7 +80,7 @@ def family_of(checkpoint: Checkpoint) -> type[Family]:
     """
     architectures: list[str] = list(checkpoint.config.get("architectures") or [])
     if (checkpoint.adapter_config or {}).get("task_type") == "SEQ_CLS":
-        architectures = [re.sub("Model$", "ForSequenceClassification", name) for name in architectures]
+        architectures = [re.sub("(Model|ForMaskedLM)$", "ForSequenceClassification", name) for name in architectures]
     for family in FAMILIES:
         if any(name in family.architectures for name in architectures):
             return family

@@ -1,0 +1,117 @@
+"""The commands `finetune`, `mine` and `distill`: from their arguments to their files. Imports nothing heavy for `--help`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from ..arguments import add_fields, add_settings, fields_of, settings_of
+from ..demo import PUBLISHED_MODEL
+from ..jsonl import InputError, json_line
+from .settings import FinetuneSettings, MineSettings
+
+DATA_HELP = 'JSON lines, each {"query": "...", "pos": ["...", ...], "neg": ["...", ...]}'
+
+
+def add_finetune(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of `finetune`."""
+    parser.add_argument("model", metavar="MODEL", help=FinetuneSettings.model_fields["model"].description)
+    add_fields(parser, FinetuneSettings, [name for name in FinetuneSettings.model_fields if name != "model"])
+
+
+def run_finetune(arguments: argparse.Namespace) -> None:
+    """Trains, and says where the model is and how to load it."""
+    settings = fields_of(arguments, FinetuneSettings)
+    from .train import finetune, is_first_process
+
+    result = finetune(settings)
+    path = result.output_dir
+    load = f"Scorer({settings.model!r}, peft_path={path!r})" if result.is_adapter else f"Scorer({path!r})"
+    measured = "" if result.mrr is None else f", held-out MRR {result.mrr:.4f}"
+    if is_first_process():
+        sys.stdout.write(f"loss {result.loss:.4f}{measured}\n{load}\n")  # the line to load it is to be copied whole
+
+
+def add_mine(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of `mine`."""
+    _add_files(parser)
+    add_fields(parser, MineSettings, MineSettings.model_fields)
+
+
+def run_mine(arguments: argparse.Namespace) -> None:
+    """Writes the data with hard negatives."""
+    settings = fields_of(arguments, MineSettings)
+    from .mining import mine, read_records
+
+    records = read_records(arguments.file)
+    _check_output(arguments.file, arguments.output)
+    mined = mine(records, settings)
+    _write(arguments.output, mined)
+    few = sum(len(record["neg"]) < settings.negatives for record in mined)
+    if few:
+        sys.stderr.write(f"bge-rerank: {few} of {len(mined)} lines have fewer than {settings.negatives} negatives\n")
+
+
+def add_distill(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of `distill`."""
+    _add_files(parser)
+    add_settings(parser, default_model=PUBLISHED_MODEL)
+
+
+def run_distill(arguments: argparse.Namespace) -> None:
+    """Writes the data with a teacher's scores."""
+    settings = settings_of(arguments, show_progress=False)
+    from tqdm import tqdm
+
+    from ..scorer import Scorer
+    from .distillation import distill
+    from .mining import read_records
+
+    records = read_records(arguments.file)
+    _check_output(arguments.file, arguments.output)
+    shown = getattr(arguments, "show_progress", None)
+    with (
+        Scorer.from_settings(settings) as teacher,
+        tqdm(total=len(records), unit=" lines", desc="Distilling", disable=None if shown is None else not shown) as bar,
+    ):
+        teacher.warmup()
+        _write(arguments.output, _counted(distill(records, teacher), bar.update))
+
+
+def _counted(records: Iterable[dict[str, Any]], advance: Callable[[], object]) -> Iterator[dict[str, Any]]:
+    for record in records:
+        yield record
+        advance()
+
+
+def _add_files(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", metavar="FILE", help=DATA_HELP)
+    parser.add_argument("--output", required=True, metavar="FILE", help="where to write the lines")
+
+
+def _check_output(file: str, output: str) -> None:
+    if Path(output).exists() and Path(output).samefile(file):
+        raise InputError(f"--output {output}: that is the input, which would be lost")
+
+
+def _write(output: str, records: Iterable[dict[str, Any]]) -> None:
+    """Writes all lines, or none where something fails on the way."""
+    with _whole(Path(output)) as sink:
+        for record in records:
+            sink.write(json_line(record))
+
+
+@contextmanager
+def _whole(path: Path) -> Iterator[BinaryIO]:
+    part = path.with_name(f".{path.name}.part")
+    try:
+        with part.open("wb") as sink:
+            yield sink
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)

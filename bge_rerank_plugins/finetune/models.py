@@ -1,0 +1,435 @@
+"""The networks that are trained, one class for each family: batches of token ids to scores, and files to load and to save.
+
+The token ids are those that `Scorer` uses, and so are the model classes; batches are padded, and the attention is transformers'
+own. Knows nothing of groups, losses or Trainer.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from ..core.checkpoint import Checkpoint, _alone_and_quiet
+from ..core.decoder import Decoder
+from ..core.encoder import Encoder, architecture_of, pair_encoder
+from ..core.families import family_of
+from ..core.layerwise import Layerwise, LayerwiseModel, _granite_config, check_layers, layers_of
+from ..core.prompt import Prompt
+from ..core.sequences import TokenSequence
+from ..settings import RerankSettings
+from .settings import FinetuneSettings
+
+ATTENTION = "sdpa"
+START_LAYER = 8
+"""Lowest layer that gets a head where a base model has none, as the published recipe has it."""
+
+RERANKER_OF = {
+    "BertModel": "BertForSequenceClassification",
+    "BertForMaskedLM": "BertForSequenceClassification",
+    "RobertaModel": "RobertaForSequenceClassification",
+    "RobertaForMaskedLM": "RobertaForSequenceClassification",
+    "XLMRobertaModel": "XLMRobertaForSequenceClassification",
+    "XLMRobertaForMaskedLM": "XLMRobertaForSequenceClassification",
+    "MiniCPMForCausalLM": "LayerWiseMiniCPMForCausalLM",
+}
+"""Architectures of base models, and of the rerankers that are made of them."""
+
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "sentencepiece.bpe.model",
+    "tokenizer.model",
+    "spiece.model",
+    "vocab.txt",
+    "vocab.json",
+    "merges.txt",
+)
+
+Encode = Callable[[str, Sequence[str]], list[TokenSequence]]
+
+
+@dataclass(frozen=True)
+class TrainingCheckpoint(Checkpoint):
+    """A checkpoint to train on. That of a base model is read as one of the reranker that it will be.
+
+    Attributes:
+        start_layer: Lowest layer that gets a head, in a layerwise reranker made of a base model.
+    """
+
+    start_layer: int = START_LAYER
+
+    @property
+    def is_base_model(self) -> bool:
+        """Whether it has no scoring head yet."""
+        return any(name in RERANKER_OF for name in super().config.get("architectures") or [])
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """config.json as it stands, or that of the reranker that a base model becomes."""
+        config = super().config
+        if not self.is_base_model:
+            return config
+        config = config | {"architectures": [RERANKER_OF.get(name, name) for name in config["architectures"]]}
+        if "LayerWiseMiniCPMForCausalLM" in config["architectures"]:
+            return config | {"start_layer": self.start_layer, "head_multi": True, "head_type": "simple"}
+        return config | {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
+
+
+def checkpoint_of(settings: FinetuneSettings) -> TrainingCheckpoint:
+    """The checkpoint that the settings name."""
+    checkpoint = TrainingCheckpoint.from_settings(rerank_settings(settings))
+    return checkpoint if settings.start_layer is None else replace(checkpoint, start_layer=settings.start_layer)
+
+
+def rerank_settings(settings: FinetuneSettings, prompt: str | None = None) -> RerankSettings:
+    """The options of a `Scorer` that makes the same token ids."""
+    return RerankSettings(
+        model=settings.model,
+        max_length=settings.max_length,
+        query_max_length=settings.query_max_len,
+        prompt=prompt,
+        query_instruction=settings.query_instruction,
+        passage_instruction=settings.passage_instruction,
+        peft_path=settings.peft_path,
+        revision=settings.revision,
+        cache_dir=settings.cache_dir,
+        local_files_only=settings.local_files_only,
+        token=settings.token,
+    )
+
+
+class Trainee(nn.Module):
+    """A network in training.
+
+    Args:
+        checkpoint: Where it comes from.
+        settings: How it is trained.
+
+    Attributes:
+        network: The transformers model, or the PEFT model around it.
+        uses_lora: Whether only an adapter is trained, and the head if it is new or a layerwise model's.
+        heads: What each score of a pair is called, the last one the model's own.
+
+    Raises:
+        ValueError: A checkpoint that cannot be trained, or options that do not fit it.
+    """
+
+    lora_by_default: ClassVar[bool] = True
+    lora_targets: ClassVar[tuple[str, ...]] = ("q_proj", "k_proj", "v_proj", "o_proj")
+    lora_task: ClassVar[str | None] = "CAUSAL_LM"
+    trained_whole: tuple[str, ...] = ()
+
+    def __init__(self, checkpoint: TrainingCheckpoint, settings: FinetuneSettings) -> None:
+        super().__init__()
+        self.checkpoint = checkpoint
+        self.settings = settings
+        self.heads = self._heads()
+        self.uses_lora = self.lora_by_default if settings.lora is None else settings.lora
+        half = settings.bf16 and self.uses_lora  # what is frozen needs no more
+        self.network: Any = self._load(torch.bfloat16 if half else torch.float32).requires_grad_(True)
+        if settings.gradient_checkpointing:
+            recompute = "activation" if hasattr(self.network, "activation_checkpointing_enable") else "gradient"
+            getattr(self.network, f"{recompute}_checkpointing_enable")({"use_reentrant": False})
+        if self.uses_lora:
+            self.network = self._with_adapter()
+            for parameter in self.network.parameters():
+                if parameter.requires_grad:
+                    parameter.data = parameter.data.float()  # small steps would be lost in bfloat16
+
+    def _heads(self) -> tuple[str, ...]:
+        for name in ("self_distillation", "start_layer"):
+            if getattr(self.settings, name):
+                raise ValueError(
+                    f"{name}={getattr(self.settings, name)!r}: {self.settings.model!r} is no layerwise checkpoint"
+                )
+        return ("score",)
+
+    def _load(self, dtype: torch.dtype) -> Any:
+        raise NotImplementedError
+
+    def encoder(self) -> Callable[[str | None], Encode]:
+        """What makes token ids of a query and its passages, for each prompt."""
+
+        @cache
+        def encode_for(prompt: str | None) -> Encode:
+            return Prompt(self.checkpoint, rerank_settings(self.settings, prompt), self._positions()).encode
+
+        return lambda prompt: encode_for(prompt or self.settings.prompt)
+
+    def _positions(self) -> int:
+        return int(self.checkpoint.config["max_position_embeddings"])
+
+    def _with_adapter(self) -> Any:
+        from peft import LoraConfig, get_peft_model
+
+        settings = self.settings
+        targets = settings.target_modules or list(self.lora_targets)
+        names = [name for name, _ in self.network.named_modules()]
+        for target in [targets] if isinstance(targets, str) else targets:
+            if not any(name == target or name.endswith(f".{target}") for name in names):
+                raise ValueError(f"target_modules={targets!r}: {settings.model!r} has no layer {target!r}")
+        config = LoraConfig(
+            task_type=self.lora_task,
+            r=settings.lora_rank,
+            lora_alpha=settings.lora_alpha,
+            lora_dropout=settings.lora_dropout,
+            target_modules=[targets] if isinstance(targets, str) else targets,
+            modules_to_save=list(self.trained_whole) or None,
+        )
+        with _alone_and_quiet(show_progress=False):
+            return get_peft_model(self.network, config)
+
+    @property
+    def inner(self) -> Any:
+        """The transformers model, whatever is around it."""
+        return self.network.get_base_model() if self.uses_lora else self.network
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        position_ids: Tensor,
+        last_rows: Tensor,
+        token_type_ids: Tensor | None = None,
+    ) -> Tensor:
+        """Scores of padded pairs, float32.
+
+        Args:
+            input_ids: Shape (pairs, tokens).
+            attention_mask: 0 where there is padding. Shape (pairs, tokens).
+            position_ids: Zero-based positions. Shape (pairs, tokens).
+            last_rows: Place of the last token of each pair. Shape (pairs,).
+            token_type_ids: Segments, or None. Shape (pairs, tokens).
+
+        Returns:
+            Shape (pairs, heads).
+        """
+        raise NotImplementedError
+
+    def save(self, folder: Path) -> None:
+        """Writes the adapter, or the model in the family's published layout, with its tokenizer."""
+        with _alone_and_quiet(show_progress=False):
+            if self.uses_lora:
+                self.network.save_pretrained(folder)
+                (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty card
+            else:
+                self._save_model(folder)
+
+    def _save_model(self, folder: Path) -> None:
+        self.inner.save_pretrained(folder)
+        if self.checkpoint.file("tokenizer.json") is None:
+            self.checkpoint.tokenizer().save_pretrained(folder)
+        for name in _TOKENIZER_FILES:
+            self._copy(name, folder)
+
+    def _copy(self, name: str, folder: Path) -> None:
+        found = self.checkpoint.file(name)
+        if found is not None:
+            shutil.copyfile(found, folder / name)
+
+    def export(self, folder: Path) -> None:
+        """Writes what the user gets when the training is over: as `save`, or the model with its adapter merged."""
+        if self.uses_lora and self.must_merge:
+            self.network = self.network.merge_and_unload().float()
+            self.uses_lora = False
+        self.save(folder)
+
+    @property
+    def must_merge(self) -> bool:
+        """Whether the adapter is of no use without the merged model, or the user wants that."""
+        return self.settings.merge
+
+    def restore(self, folder: Path) -> None:
+        """Reads what `save` wrote."""
+        if self.uses_lora:
+            from peft import load_peft_weights, set_peft_model_state_dict
+
+            set_peft_model_state_dict(self.network, load_peft_weights(str(folder), device="cpu"))
+            return
+        weights = {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
+        missing, unexpected = self.inner.load_state_dict(weights, strict=False)
+        tied = set(getattr(self.inner, "_tied_weights_keys", None) or ())
+        if unexpected or set(missing) - tied:
+            raise ValueError(f"{folder}: its weights are not those of {self.settings.model!r}")
+
+
+class EncoderTrainee(Trainee):
+    """A cross-encoder in training."""
+
+    lora_by_default = False
+    lora_targets = ("query", "key", "value", "dense")
+    lora_task = "SEQ_CLS"  # which trains and saves the classifier whole
+
+    def _load(self, dtype: torch.dtype) -> Any:
+        if self.settings.prompt is not None:
+            raise ValueError(
+                f"prompt={self.settings.prompt!r}: {self.settings.model!r} is a cross-encoder, which has none"
+            )
+        config = AutoConfig.for_model(**self.checkpoint.config)
+        architecture = architecture_of(config, self.checkpoint)
+        self._first_position = architecture.layout.first_position(config.pad_token_id)
+        return self.checkpoint.load(
+            AutoModelForSequenceClassification,
+            config,
+            dtype,
+            torch.device("cpu"),
+            attention=ATTENTION,
+            may_lack=("classifier.", "bert.pooler.") if self.checkpoint.is_base_model else (),
+        )
+
+    def encoder(self) -> Callable[[str | None], Encode]:
+        """What makes token ids of a query and its passages; a cross-encoder has no prompt."""
+        encode = pair_encoder(self.checkpoint, rerank_settings(self.settings)).encode
+        return lambda prompt: encode
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        position_ids: Tensor,
+        last_rows: Tensor,
+        token_type_ids: Tensor | None = None,
+    ) -> Tensor:
+        """The logit of each pair. Shape (pairs, 1)."""
+        logits: Tensor = self.inner(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids + self._first_position,
+            token_type_ids=torch.zeros_like(input_ids) if token_type_ids is None else token_type_ids,
+        ).logits
+        return logits.float()
+
+
+class DecoderTrainee(Trainee):
+    """A causal language model in training: one row of its head, at the last position."""
+
+    def _load(self, dtype: torch.dtype) -> Any:
+        config = AutoConfig.for_model(**self.checkpoint.config)
+        prompt = Prompt(self.checkpoint, rerank_settings(self.settings), config.max_position_embeddings)
+        self._answer = prompt.answer_id
+        self._softcap: float | None = getattr(config, "final_logit_softcapping", None)
+        return self.checkpoint.load(AutoModelForCausalLM, config, dtype, torch.device("cpu"), attention=ATTENTION)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        position_ids: Tensor,
+        last_rows: Tensor,
+        token_type_ids: Tensor | None = None,
+    ) -> Tensor:
+        """The logit of "Yes" of each pair. Shape (pairs, 1)."""
+        hidden = self.inner.base_model(
+            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
+        ).last_hidden_state
+        scores = _times_row(_rows(hidden, last_rows), self.inner.get_output_embeddings().weight[self._answer])
+        return scores if self._softcap is None else self._softcap * torch.tanh(scores / self._softcap)
+
+
+class LayerwiseTrainee(Trainee):
+    """A layerwise reranker in training: every head from `start_layer` at once."""
+
+    lora_task = None
+    trained_whole: tuple[str, ...] = ("linear_head",)
+
+    def _heads(self) -> tuple[str, ...]:
+        layers = layers_of(self.checkpoint)
+        first = layers[0] if self.settings.start_layer is None else self.settings.start_layer
+        check_layers([first], layers)
+        self.layers = range(first, layers.stop)
+        return tuple(f"layer {layer}" for layer in self.layers)
+
+    def _load(self, dtype: torch.dtype) -> Any:
+        published = self.checkpoint.config
+        self._answer = Prompt(self.checkpoint, rerank_settings(self.settings), self._positions()).answer_id
+        whole_vocabulary = published["head_type"] != "simple"
+        self._hidden_scale = published["dim_model_base"] / published["hidden_size"] if whole_vocabulary else 1.0
+        if whole_vocabulary:
+            self.trained_whole = ()
+        return self.checkpoint.load(
+            LayerwiseModel,
+            _granite_config(published, published["num_hidden_layers"]),
+            dtype,
+            torch.device("cpu"),
+            attention=ATTENTION,
+            may_lack=("lm_head.",) if self.checkpoint.is_base_model else (),
+        )
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        position_ids: Tensor,
+        last_rows: Tensor,
+        token_type_ids: Tensor | None = None,
+    ) -> Tensor:
+        """The score of each pair after each layer. Shape (pairs, layers)."""
+        backbone = self.inner.model
+        output = backbone(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            use_cache=False,
+            output_hidden_states=True,
+        )
+        scores = []
+        for layer in self.layers:
+            last = layer == self.layers[-1]  # the last of transformers' hidden states is normed already
+            rows = _rows(output.last_hidden_state if last else output.hidden_states[layer], last_rows)
+            normed = rows if last else backbone.norm(rows)
+            scores.append(_times_row(normed, self.inner.head_row(layer, self._answer) * self._hidden_scale))
+        return torch.cat(scores, dim=1)
+
+    @property
+    def must_merge(self) -> bool:
+        """An adapter alone would need a base model that has heads."""
+        return self.settings.merge or self.checkpoint.is_base_model
+
+    def _save_model(self, folder: Path) -> None:
+        super()._save_model(folder)
+        published = {
+            name: value for name, value in self.checkpoint.config.items() if name not in ("dtype", "torch_dtype")
+        }
+        config = published | {"torch_dtype": str(self.inner.dtype).removeprefix("torch.")}
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        for home in {str(path).partition(".")[0] for path in published.get("auto_map", {}).values()}:
+            self._copy(f"{home}.py", folder)
+
+
+TRAINEES: dict[str, type[Trainee]] = {
+    Encoder.name: EncoderTrainee,
+    Decoder.name: DecoderTrainee,
+    Layerwise.name: LayerwiseTrainee,
+}
+
+
+def trainee_of(settings: FinetuneSettings) -> Trainee:
+    """The network that the settings name, ready to be trained.
+
+    Raises:
+        ValueError: Not a model that can be trained, options that do not fit it, weights that are missing.
+    """
+    checkpoint = checkpoint_of(settings)
+    return TRAINEES[family_of(checkpoint).name](checkpoint, settings)
+
+
+def _rows(hidden: Tensor, last_rows: Tensor) -> Tensor:
+    return hidden[torch.arange(len(hidden), device=hidden.device), last_rows]
+
+
+def _times_row(hidden: Tensor, row: Tensor) -> Tensor:
+    """Hidden states times one row of a head, float32 whatever the precision around it. Shape (pairs, 1)."""
+    with torch.autocast(hidden.device.type, enabled=False):
+        return (hidden.float() @ row.float())[:, None]

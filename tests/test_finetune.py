@@ -1,0 +1,232 @@
+"""Fine-tuning from the command line to a model that `Scorer` loads, for all three families."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import DATA
+from finetune_data import accuracy, toy_lines, write_lines
+
+from bge_rerank_plugins import Scorer
+from bge_rerank_plugins.cli import main
+from bge_rerank_plugins.finetune import FinetuneSettings, finetune
+from bge_rerank_plugins.finetune.batches import Collator
+from bge_rerank_plugins.finetune.data import Group
+from bge_rerank_plugins.finetune.models import trainee_of
+
+FAMILIES = ("encoder", "decoder", "layerwise")
+PROMPT = "Yes or No?"
+QUERY = "what is the giant panda?"
+PASSAGES = ["hi", "The giant panda is a bear species endemic to China. " * 4, "大熊猫是中国特有的熊类动物。", ""]
+
+
+def logged(folder: Path, key: str) -> dict[int, float]:
+    """What was logged under a key, by step."""
+    lines = (folder / "training.jsonl").read_text().splitlines()
+    return {entry["step"]: entry[key] for entry in map(json.loads, lines) if key in entry}
+
+
+@pytest.mark.parametrize(
+    ("family", "flags"),
+    [
+        ("encoder", ["--learning-rate=3e-3", "--max-steps=150"]),
+        ("decoder", ["--learning-rate=1e-3", "--max-steps=40", f"--prompt={PROMPT}", "--no-lora"]),
+        ("layerwise", ["--learning-rate=3e-3", "--max-steps=60", f"--prompt={PROMPT}", "--self-distillation"]),
+    ],
+)
+def test_a_family_learns_a_separable_task_and_ranks_held_out_pairs(
+    family: str, flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    always = "panda" if family == "encoder" else None
+    lines, unseen = toy_lines(120, 0, always=always), toy_lines(40, 1, always=always)
+    data, folder, model = write_lines(tmp_path / "train.jsonl", lines), tmp_path / "out", str(DATA / family)
+    prompt = {} if family == "encoder" else {"prompt": PROMPT}
+    with Scorer(model, **prompt) as scorer:
+        assert accuracy(scorer, unseen) < 0.6, "there is nothing to learn"
+
+    options = ["--train-group-size=4", "--per-device-train-batch-size=8", "--logging-steps=5", "--eval-steps=20"]
+    assert main(["finetune", model, "--data", data, "--output-dir", str(folder), *options, *flags]) == 0
+
+    is_adapter = (folder / "adapter_model.safetensors").exists()
+    assert is_adapter == (family == "layerwise")
+    with Scorer(model, peft_path=str(folder), **prompt) if is_adapter else Scorer(str(folder), **prompt) as scorer:
+        assert accuracy(scorer, lines) > 0.95
+        assert accuracy(scorer, unseen) > 0.9
+    losses = logged(folder, "loss")
+    assert losses[max(losses)] < losses[5] / 2
+    assert list(logged(folder, "eval_mrr").values())[-1] > 0.95
+    assert (folder / "training.png").read_bytes().startswith(b"\x89PNG")
+    captured = capsys.readouterr()
+    assert captured.err == "", "no noise, and no bar where there is no terminal"
+    assert f"peft_path='{folder}'" in captured.out if is_adapter else f"Scorer('{folder}')" in captured.out
+
+
+@pytest.mark.parametrize("merge", [False, True], ids=["plain", "merged"])
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_scores_before_saving_are_those_after_loading(family: str, lora: bool, merge: bool, tmp_path: Path) -> None:
+    """With lengths that cut query and passages, and every trained weight moved away from where it was."""
+    prompt = {} if family == "encoder" else {"prompt": PROMPT}
+    instructions = {"query_instruction": "the ", "passage_instruction": "a "}
+    settings = FinetuneSettings(
+        model=str(DATA / family), data="-", output_dir="-", lora=lora, merge=merge, query_max_len=9, passage_max_len=31,
+        **prompt, **instructions,
+    )  # fmt: skip
+    trainee = trainee_of(settings).eval()
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in trainee.parameters():
+            if parameter.requires_grad:
+                parameter += 0.02 * torch.randn_like(parameter)
+        before = trainee(**Collator(trainee.encoder())([Group(QUERY, PASSAGES)]))[:, -1].tolist()
+    trainee.export(tmp_path)
+
+    options: dict[str, Any] = {"query_max_length": 9, "max_length": 40, **prompt, **instructions}
+    where = {"model": settings.model, "peft_path": str(tmp_path)} if lora and not merge else {"model": str(tmp_path)}
+    with Scorer(settings.model, **options) as untrained:
+        assert untrained.score(QUERY, PASSAGES) != pytest.approx(before, abs=1e-3)
+    with Scorer(**where, **options) as scorer:
+        assert scorer.score(QUERY, PASSAGES) == pytest.approx(before, abs=1e-4)
+
+
+def test_every_layer_of_a_layerwise_model_is_scored_as_it_was_trained(tmp_path: Path) -> None:
+    settings = FinetuneSettings(model=str(DATA / "layerwise"), data="-", output_dir="-", lora=False, start_layer=5)
+    trainee = trainee_of(settings).eval()
+    with torch.no_grad():
+        before = trainee(**Collator(trainee.encoder())([Group(QUERY, PASSAGES)]))
+    trainee.export(tmp_path)
+
+    assert trainee.heads == tuple(f"layer {layer}" for layer in range(5, 12))
+    with Scorer(str(tmp_path)) as scorer:
+        for place, (layer, scores) in enumerate(scorer.score_layers(QUERY, PASSAGES, range(5, 12)).items()):
+            assert scores == pytest.approx(before[:, place].tolist(), abs=1e-4), layer
+
+
+def test_what_is_saved_has_the_published_layout(tmp_path: Path) -> None:
+    from safetensors import safe_open
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    for family in FAMILIES:
+        settings = FinetuneSettings(model=str(DATA / family), data="-", output_dir="-", lora=False)
+        trainee_of(settings).export(tmp_path / family)
+        files = [safe_open(folder / family / "model.safetensors", "pt") for folder in (DATA, tmp_path)]  # type: ignore[no-untyped-call]
+        published, saved = (set(file.keys()) for file in files)
+        assert saved == published - {name for name in published if name not in saved and name == "lm_head.weight"}
+        assert (tmp_path / family / "tokenizer.json").read_bytes() == (DATA / family / "tokenizer.json").read_bytes()
+    before, after = (json.loads((folder / "layerwise" / "config.json").read_text()) for folder in (DATA, tmp_path))
+    assert after == before
+    assert AutoModelForSequenceClassification.from_pretrained(tmp_path / "encoder").num_labels == 1
+    AutoModelForCausalLM.from_pretrained(tmp_path / "decoder")
+
+
+def base_model(family: str, folder: Path) -> str:
+    """The family's tiny checkpoint as a base model without a scoring head, in that one's layout."""
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(DATA / family, folder)
+    weights = load_file(DATA / family / "model.safetensors")
+    bare = {name: tensor for name, tensor in weights.items() if not name.startswith(("classifier.", "lm_head."))}
+    assert len(bare) < len(weights)
+    save_file(bare, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    architectures = {"encoder": "XLMRobertaForMaskedLM", "layerwise": "MiniCPMForCausalLM"}
+    for name in ("id2label", "label2id", "start_layer", "head_multi", "head_type"):
+        config.pop(name, None)
+    (folder / "config.json").write_text(json.dumps(config | {"architectures": [architectures[family]]}))
+    return str(folder)
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("family", ["encoder", "layerwise"])
+def test_a_base_model_becomes_a_reranker(family: str, lora: bool, tmp_path: Path) -> None:
+    model, out = base_model(family, tmp_path / "base"), tmp_path / "out"
+    data = write_lines(tmp_path / "train.jsonl", toy_lines(8, 0))
+    with pytest.raises(ValueError, match="is not supported"):
+        Scorer(model).score(QUERY, PASSAGES)
+
+    result = finetune(
+        FinetuneSettings(model=model, data=data, output_dir=str(out), lora=lora, max_steps=2, train_group_size=3)
+    )
+
+    assert result.is_adapter == (lora and family == "encoder"), "heads alone make no MiniCPM a layerwise reranker"
+    with Scorer(**{"model": model, "peft_path": str(out)} if result.is_adapter else {"model": str(out)}) as scorer:
+        scores = scorer.score(QUERY, PASSAGES)
+        assert len(set(scores)) == len(PASSAGES)
+        if family == "layerwise":
+            assert set(scorer.score_layers(QUERY, PASSAGES, range(8, 12))) == {8, 9, 10, 11}
+
+
+def run_killed_after(command: list[str], checkpoint: Path) -> None:
+    """Runs a command, and kills it as soon as a checkpoint is written to its end."""
+    with subprocess.Popen([sys.executable, "-m", "bge_rerank_plugins", *command], cwd=DATA.parents[1]) as process:
+        deadline = time.monotonic() + 120
+        while not (checkpoint / "trainer_state.json").exists() and process.poll() is None:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+    assert process.returncode == -signal.SIGKILL, "it must not have come to its end"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs SIGKILL")
+@pytest.mark.parametrize("family", ["encoder", "layerwise"])
+def test_a_run_that_was_killed_and_resumed_has_the_losses_of_one_that_was_not(family: str, tmp_path: Path) -> None:
+    """With dropout, negatives drawn anew for every pass, and a checkpoint in the middle of the second pass."""
+    lines = [line | {"neg": line["neg"][:1]} for line in toy_lines(40, 0)]
+    data = write_lines(tmp_path / "train.jsonl", lines)
+    command = [
+        "finetune", str(DATA / family), "--data", data, "--max-steps=40", "--logging-steps=1", "--save-steps=13",
+        "--train-group-size=4", "--per-device-train-batch-size=2", "--gradient-accumulation-steps=2", "--use-cpu",
+    ]  # fmt: skip
+    whole, parted = tmp_path / "whole", tmp_path / "parted"
+
+    assert main([*command, "--output-dir", str(whole)]) == 0
+    run_killed_after([*command, "--output-dir", str(parted)], parted / "checkpoint-13")
+    assert main([*command, "--output-dir", str(parted), "--resume"]) == 0
+
+    for key in ("loss", "eval_mrr"):
+        assert logged(parted, key) == pytest.approx(logged(whole, key), abs=1e-5)
+    assert len(logged(whole, "loss")) == 40
+
+
+def test_a_run_is_not_resumed_with_other_settings_and_not_started_in_a_used_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = write_lines(tmp_path / "train.jsonl", toy_lines(8, 0))
+    command = ["finetune", str(DATA / "encoder"), "--data", data, "--output-dir", str(tmp_path / "out")]
+    assert main([*command, "--max-steps=2", "--train-group-size=4"]) == 0
+    for flags, message in [
+        (["--max-steps=2", "--train-group-size=4"], "not empty"),
+        (["--max-steps=3", "--train-group-size=4", "--resume"], "max_steps=3: the run that is to be resumed had max_steps=2"),
+    ]:  # fmt: skip
+        capsys.readouterr()
+        assert main([*command, *flags]) == 2
+        assert message in capsys.readouterr().err
+    assert main([*command, "--max-steps=2", "--train-group-size=4", "--resume"]) == 0, (
+        "a run that is over may be resumed"
+    )
+
+
+def test_the_same_seed_gives_the_same_run_and_another_one_another(tmp_path: Path) -> None:
+    data = write_lines(tmp_path / "train.jsonl", [line | {"neg": []} for line in toy_lines(20, 0)])
+
+    def losses(name: str, seed: int) -> list[float]:
+        finetune(
+            FinetuneSettings(
+                model=str(DATA / "decoder"), data=data, output_dir=str(tmp_path / name), seed=seed, max_steps=6,
+                train_group_size=3, logging_steps=1, prompt=PROMPT, gradient_checkpointing=True, bf16=name == "bf16",
+            )
+        )  # fmt: skip
+        return list(logged(tmp_path / name, "loss").values())
+
+    first = losses("first", 0)
+    assert losses("again", 0) == first
+    assert losses("other", 1) != pytest.approx(first, abs=1e-3)
+    assert losses("bf16", 0) == pytest.approx(first, rel=0.1)
