@@ -30,7 +30,7 @@ def add_fields(
     for name in names:
         field = model.model_fields[name]
         text = (field.description or "").replace("%", "%%")
-        if field.default not in (None, False, ""):
+        if not field.is_required() and field.default not in (None, False, ""):
             text += f" (default: {field.default})"
         parser.add_argument(
             flag_of(name),
