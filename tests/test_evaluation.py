@@ -154,6 +154,13 @@ def test_bm25_leaves_out_what_shares_no_word_and_keeps_the_order_of_equal_passag
     assert bm25_run(data, 1, ignore_identical_ids=True)["c"] == []
 
 
+def test_where_a_querys_own_passage_is_left_out_the_next_one_takes_its_place() -> None:
+    data = JudgedSet("d", {"a": "panda bamboo"}, {"a": "panda bamboo", "b": "a panda", "c": "a stone"}, {})
+
+    assert bm25_run(data, 1, ignore_identical_ids=True) == {"a": ["b"]}
+    assert encoder_run(data, str(embedded_base()), 1, ignore_identical_ids=True) == {"a": ["b"]}
+
+
 def test_bm25_finds_nothing_where_there_are_no_words() -> None:
     data = JudgedSet("d", {"q": "?"}, {"a": "!", "b": "..."}, {})
 
