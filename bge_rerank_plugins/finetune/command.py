@@ -20,7 +20,7 @@ DATA_HELP = 'JSON lines, each {"query": "...", "pos": ["...", ...], "neg": ["...
 
 def add_finetune(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of `finetune`."""
-    parser.usage = "bge-rerank finetune MODEL --data TEXT --output-dir TEXT [OPTIONS]"  # argparse's own is a page
+    parser.usage = "%(prog)s MODEL --data TEXT --output-dir TEXT [option ...]"  # the options are listed below it anyway
     parser.add_argument("model", metavar="MODEL", help=FinetuneSettings.model_fields["model"].description)
     add_fields(parser, FinetuneSettings, [name for name in FinetuneSettings.model_fields if name != "model"])
 
