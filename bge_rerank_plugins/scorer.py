@@ -10,9 +10,11 @@ import logging
 import math
 import threading
 from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
+from weakref import WeakKeyDictionary
 
-from .call import ENCODE_AT_ONCE, Call, chunks_of, progress_bar
+from .call import ENCODE_AT_ONCE, Call, Turns, chunks_of, progress_bar
 from .ranking import RankedPassage, check_cut, rank_scores, sigmoid
 from .settings import Dtype, RerankSettings
 from .texts import checked_requests, checked_texts, requests_of_pairs, stream_of_requests
@@ -61,6 +63,7 @@ class Scorer:
 
     _settings: RerankSettings
     _lock: threading.Lock
+    _turns: WeakKeyDictionary[asyncio.AbstractEventLoop, Turns]
     _engine: Engine | None
     _finalizer: Any
     _closed: bool
@@ -340,6 +343,7 @@ class Scorer:
 
     def _start(self) -> None:
         self._lock = threading.Lock()
+        self._turns = WeakKeyDictionary()
         self._engine = None
         self._finalizer = None
         self._closed = False
@@ -372,6 +376,10 @@ class Scorer:
         """`_loaded` without blocking: the first call imports torch, which takes seconds."""
         loop = asyncio.get_running_loop()
         engine = await loop.run_in_executor(None, self._acquired) if self._engine is None else self._acquired()
+        if (
+            engine.loaded.done() and engine.loaded.exception() is None
+        ):  # the usual case, and a thousand may come at once
+            return engine, engine.loaded.result()
         try:
             # Shielded: whoever stops waiting must not cancel the load for everybody else.
             return engine, await asyncio.shield(asyncio.wrap_future(engine.loaded))
@@ -437,10 +445,10 @@ class Scorer:
         """`_scored_chunks` without blocking the event loop."""
         engine, family = await self._aloaded()
         call = self._call(engine, family, pairs)
-        loop = asyncio.get_running_loop()
+        turns = self._turns_of(asyncio.get_running_loop(), engine)
         try:
             for query, chunk in chunks_of(requests):
-                sequences = await loop.run_in_executor(engine.tokenizer_thread, call.encode, query, chunk)
+                sequences = await turns.run(partial(call.encode, query, chunk))
                 while (room := call.room(sequences)) is not None:
                     await asyncio.wrap_future(room)
                 call.submit(sequences)
@@ -450,6 +458,14 @@ class Scorer:
                 yield call.reduced(await asyncio.wrap_future(call.oldest()))
         finally:
             self._end(call, family)
+
+    def _turns_of(self, loop: asyncio.AbstractEventLoop, engine: Engine) -> Turns:
+        """What tokenises for the calls of a loop."""
+        with self._lock:
+            turns = self._turns.get(loop)
+            if turns is None or turns.thread is not engine.tokenizer_thread:
+                turns = self._turns[loop] = Turns(engine.tokenizer_thread)
+            return turns
 
     def _call(self, engine: Engine, family: Family, pairs: float, cutoff_layers: tuple[int, ...] = ()) -> Call:
         split = self._settings.long_passages == "split"

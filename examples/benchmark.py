@@ -106,7 +106,7 @@ def main() -> None:
         facts = {
             "machine": _machine(options.device),
             "versions": _versions(),
-            "options": vars(options),
+            "options": {name: value for name, value in vars(options).items() if name not in ("json", "plot")},
             "date": time.strftime("%F"),
         }
         rows = [asdict(result) | {"median": result.median, "share": result.share} for result in results]

@@ -10,6 +10,7 @@ Requests come from real text, docstrings of the standard library. Both ways run 
 
 import argparse
 import asyncio
+import gc
 import os
 import resource
 import statistics
@@ -51,6 +52,8 @@ def main() -> None:
     }
     with Scorer(options.model, device=options.device, dtype=options.dtype) as scorer:
         scorer.warmup()
+        gc.collect()
+        gc.freeze()  # else Python's collector goes through all of torch's objects now and then, 0.2 s each time
         table = Table(title=f"{options.model}, {options.dtype}, medians of {options.runs} runs", title_justify="left")
         for title in ("requests", "one by one", "at once", "faster", "longest stall of the loop"):
             table.add_column(title, justify="left" if title == "requests" else "right")

@@ -263,6 +263,69 @@ def test_windows_leave_nothing_out_and_fit(text: str, room: int) -> None:
 TOKENIZER = Checkpoint.from_settings(RerankSettings(model=ENCODER)).tokenizer()
 
 
+# Many calls at once
+
+
+def test_calls_that_begin_together_are_few_jobs_for_the_tokenizer(scorer: Scorer) -> None:
+    thread = scorer._acquired().tokenizer_thread
+    submit, jobs = thread.submit, []
+
+    def counted(*arguments: object) -> object:
+        jobs.append(arguments)
+        return submit(*arguments)  # type: ignore[arg-type]
+
+    async def burst() -> list[list[float]]:
+        return await asyncio.gather(*(scorer.ascore(f"query {i}", ["a", "b"]) for i in range(300)))
+
+    thread.submit = counted  # type: ignore[assignment]
+    try:
+        scores = asyncio.run(burst())
+    finally:
+        thread.submit = submit  # type: ignore[method-assign]
+    assert len(jobs) < 30
+    for i in (0, 150, 299):
+        assert scores[i] == pytest.approx(scorer.score(f"query {i}", ["a", "b"]), abs=1e-5)
+
+
+def test_an_error_in_one_of_many_calls_is_that_calls_alone(scorer: Scorer) -> None:
+    from functools import partial
+
+    from bge_rerank_plugins.call import Turns
+
+    def fail() -> None:
+        raise ZeroDivisionError
+
+    async def three() -> list[object]:
+        turns = Turns(scorer._acquired().tokenizer_thread)
+        cancelled = turns.run(fail)
+        cancelled.cancel()
+        rest = [turns.run(partial(str, 1)), turns.run(fail), turns.run(partial(str, 2))]
+        return await asyncio.gather(*rest, return_exceptions=True)
+
+    first, second, third = asyncio.run(three())
+    assert (first, third) == ("1", "2")
+    assert isinstance(second, ZeroDivisionError)
+
+
+def test_closing_while_calls_wait_for_the_tokenizer_tells_every_one_of_them() -> None:
+    async def closed_meanwhile() -> list[object]:
+        scorer = Scorer(ENCODER, query_instruction="closed meanwhile ")
+        scorer.warmup()
+        thread, gate = scorer._acquired().tokenizer_thread, threading.Event()
+        thread.submit(gate.wait)
+        calls = [asyncio.ensure_future(scorer.ascore("a", ["b"])) for _ in range(5)]
+        await asyncio.sleep(0.05)
+        late = asyncio.ensure_future(scorer.ascore("a", ["b"]))
+        await asyncio.sleep(0)
+        closing = asyncio.get_running_loop().run_in_executor(None, scorer.close)
+        await asyncio.sleep(0.05)
+        gate.set()
+        await closing
+        return await asyncio.wait_for(asyncio.gather(*calls, late, return_exceptions=True), timeout=20)
+
+    assert all(isinstance(each, RuntimeError) for each in asyncio.run(closed_meanwhile()))
+
+
 # The soak test
 
 

@@ -10,9 +10,9 @@ from torch.nn import functional
 def ranking_loss(scores: Tensor, teacher: Tensor | None = None, *, self_distillation: bool = False) -> Tensor:
     """What the scores of groups cost, summed over the heads.
 
-    Cross-entropy with the first passage as the right one; with a teacher, the KL divergence from its distribution instead. With
-    self-distillation every head but the last is also held against the last one's distribution, as the published layerwise
-    recipe does.
+    Cross-entropy with the first passage as the right one; with a teacher, the KL divergence from its distribution as well, as in
+    FlagEmbedding's `knowledge_distillation`. With self-distillation every head but the last is also held against the last one's
+    distribution, as the published layerwise recipe does.
 
     Args:
         scores: Shape (groups, size, heads), the positive first.
@@ -20,7 +20,9 @@ def ranking_loss(scores: Tensor, teacher: Tensor | None = None, *, self_distilla
         self_distillation: Whether lower heads learn from the last one.
     """
     logs = scores.float().log_softmax(dim=1)
-    loss = -logs[:, 0].mean(dim=0).sum() if teacher is None else _divergence(teacher[:, :, None], logs)
+    loss = -logs[:, 0].mean(dim=0).sum()
+    if teacher is not None:
+        loss = loss + _divergence(teacher[:, :, None], logs)
     if self_distillation and scores.shape[-1] > 1:
         loss = loss + _divergence(logs[:, :, -1:].detach().exp(), logs[:, :, :-1])
     return loss

@@ -105,8 +105,8 @@ class FinetuneSettings(BaseModel):
     )
     knowledge_distillation: bool = Field(
         default=False,
-        description="Learn the order that pos_scores and neg_scores give (KL divergence from the softmax of a group's), rather "
-        "than the positive alone.",
+        description="Learn from pos_scores and neg_scores, too: the KL divergence from the softmax of a group's is added to "
+        "the loss, as FlagEmbedding does.",
     )
     teacher_temperature: float = Field(
         default=1.0, gt=0, description="The teacher's scores are divided by this before their softmax."
