@@ -68,12 +68,12 @@ def given(arguments: argparse.Namespace, name: str) -> Any:
     return getattr(arguments, name, None)
 
 
-def settings_of(arguments: argparse.Namespace, **fixed: Any) -> RerankSettings:
+def settings_of(arguments: argparse.Namespace, /, **fixed: Any) -> RerankSettings:
     """The options of the scorer among the arguments, with some of them fixed."""
     return fields_of(arguments, RerankSettings, **fixed)
 
 
-def fields_of(arguments: argparse.Namespace, model: type[_Model], **fixed: Any) -> _Model:
+def fields_of(arguments: argparse.Namespace, model: type[_Model], /, **fixed: Any) -> _Model:
     """The fields of a model among the arguments, with some of them fixed."""
     values = {name: value for name, value in vars(arguments).items() if name in model.model_fields}
     return model(**(values | fixed))
