@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
-from transformers import GemmaConfig, GemmaModel, LlamaConfig, LlamaModel, XLMRobertaConfig, XLMRobertaModel
+from transformers import XLMRobertaConfig, XLMRobertaModel
 
 from bge_rerank_plugins.core import linear
 
@@ -18,10 +18,6 @@ MODELS = {
     "relu": lambda: XLMRobertaModel(
         XLMRobertaConfig(**SMALL, initializer_range=0.5, hidden_act="relu"), add_pooling_layer=False
     ),
-    "gelu_tanh, gated": lambda: GemmaModel(
-        GemmaConfig(**SMALL, num_key_value_heads=1, head_dim=8, initializer_range=0.5)
-    ),
-    "silu, gated": lambda: LlamaModel(LlamaConfig(**SMALL, num_key_value_heads=2, initializer_range=0.5)),
 }
 needs_operators = pytest.mark.skipif(not linear.can_pack(torch.float32), reason="this torch has no such operators")
 
@@ -60,7 +56,6 @@ def test_a_packed_layer_takes_any_shape(fused: linear.Fused, rows: int, inputs: 
     product = layer(states)
     torch.testing.assert_close(packed(states), functions[fused](product), atol=1e-5, rtol=1e-4)
     plain, other = linear.PackedLinear(layer), torch.randn(1, rows, outputs)
-    torch.testing.assert_close(plain.times(states, other), product * other, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(plain.plus(states, other), product + other, atol=1e-5, rtol=1e-4)
 
 

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from .linear import pack_linear_layers
 from .packing import Pack
 from .prompt import Prompt
 from .sequences import TokenSequence
@@ -42,7 +41,6 @@ class Decoder:
         self.max_length = prompt.max_length
         self._prompt = prompt
         self._backbone: Any = model.base_model
-        pack_linear_layers(self._backbone)
         self._answer_row = model.get_output_embeddings().weight[prompt.answer_id].float()
         self._softcap: float | None = getattr(model.config, "final_logit_softcapping", None)
 

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from transformers import GraniteConfig, GraniteModel
 from transformers.models.granite.modeling_granite import GranitePreTrainedModel
 
-from .linear import pack_linear_layers
 from .packing import Pack
 from .prompt import Prompt
 from .sequences import TokenSequence
@@ -121,7 +120,6 @@ class Layerwise:
         model = self._load(top)
         self._top = top
         self._backbone: Any = model.model
-        pack_linear_layers(self._backbone)
         self._heads = {
             layer: model.head_row(layer, self._prompt.answer_id).float() for layer in self.layers or () if layer <= top
         }

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import gelu, linear, silu
-from transformers.activations import GELUActivation, GELUTanh, SiLUActivation
+from torch.nn.functional import gelu, linear
+from transformers.activations import GELUActivation
 
 
 class Fused(NamedTuple):
@@ -25,12 +25,7 @@ class Fused(NamedTuple):
 
 PLAIN = Fused("none", "")
 
-ACTIVATIONS: dict[type[Any], Fused] = {
-    GELUActivation: Fused("gelu", "none"),
-    GELUTanh: Fused("gelu", "tanh"),
-    SiLUActivation: Fused("swish", ""),
-    nn.SiLU: Fused("swish", ""),
-}
+ACTIVATIONS: dict[type[Any], Fused] = {GELUActivation: Fused("gelu", "none")}
 """What can be fused to a product. Modules of exactly these classes compute exactly these functions."""
 
 
@@ -55,11 +50,6 @@ class PackedLinear(nn.Module):
         )
         return product
 
-    def times(self, states: Tensor, other: Tensor) -> Tensor:
-        """The product, multiplied by `other` in the same pass."""
-        product: Tensor = torch.ops.mkldnn._linear_pointwise(states, other, self._weight, self._bias, "mul")
-        return product
-
     def plus(self, states: Tensor, other: Tensor) -> Tensor:
         """The product, added to `other` in the same pass."""
         total: Tensor = torch.ops.mkldnn._linear_pointwise(states, other, self._weight, self._bias, "add")
@@ -80,25 +70,11 @@ class PackedResidual(nn.Module):
         return out
 
 
-class PackedGate(nn.Module):
-    """A gated feed-forward block: down(activation(gate(x)) * up(x)), with the activation and the product fused."""
-
-    def __init__(self, block: Any, fused: Fused) -> None:
-        super().__init__()
-        self.gate = PackedLinear(block.gate_proj, fused)
-        self.up = PackedLinear(block.up_proj)
-        self.down = PackedLinear(block.down_proj)
-
-    def forward(self, states: Tensor) -> Tensor:
-        """Shape (..., hidden), as its input."""
-        out: Tensor = self.down(self.up.times(states, self.gate(states)))
-        return out
-
-
 def pack_linear_layers(model: nn.Module) -> None:
-    """Replaces the linear layers of a model on a CPU, one after the other, so that no second copy of the whole stands in memory.
+    """Replaces the linear layers of a cross-encoder on a CPU.
 
-    Does nothing on other devices, nor where the operators are missing, fail or compute something else.
+    Does nothing on other devices, nor where the operators are missing, fail or compute something else. Not for the LLM families:
+    the file that their weights are mapped from would stay in memory beside the copies.
     """
     weights = [module.weight for module in model.modules() if type(module) is nn.Linear]
     if not weights or any(weight.device.type != "cpu" for weight in weights):
@@ -108,17 +84,10 @@ def pack_linear_layers(model: nn.Module) -> None:
     for module in list(model.modules()):
         _fuse_activation(module)
         for name, child in list(module.named_children()):
-            if _is_gated(child):
-                setattr(module, name, PackedGate(child, ACTIVATIONS[type(child.act_fn)]))
-            elif _is_residual(child):
+            if _is_residual(child):
                 setattr(module, name, PackedResidual(child))
             elif type(child) is nn.Linear:
                 setattr(module, name, PackedLinear(child))
-
-
-def _is_gated(module: Any) -> bool:
-    layers = [getattr(module, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
-    return all(type(layer) is nn.Linear for layer in layers) and type(getattr(module, "act_fn", None)) in ACTIVATIONS
 
 
 def _is_residual(module: nn.Module) -> bool:
@@ -178,13 +147,10 @@ def _agrees(dtype: torch.dtype) -> bool:
         functions = {
             PLAIN: product,
             Fused("gelu", "none"): gelu(product),
-            Fused("gelu", "tanh"): gelu(product, approximate="tanh"),
-            Fused("swish", ""): silu(product),
         }
         tolerance = 1e-5 if dtype == torch.float32 else 2e-2
         other = torch.arange(5 * 32).reshape(5, 32).to(dtype) / 160
         results = [
-            (PackedLinear(layer).times(states, other), product * other),
             (PackedLinear(layer).plus(states, other), product + other),
             *((PackedLinear(layer, fused)(states), expected) for fused, expected in functions.items()),
         ]
