@@ -2,6 +2,7 @@
 
     python examples/benchmark.py                      # encoder, float32, three workloads
     python examples/benchmark.py --family decoder     # or layerwise
+    python examples/benchmark.py --load               # many requests at once, on the embedded model
     python examples/benchmark.py --dtype bfloat16 --device cuda --size full --json results.json --plot results.png
 
 Checkpoints are random, of the real architectures: speed does not depend on what the weights say. Documents are docstrings of
@@ -29,6 +30,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
+from benchmark_load import show_load
 from benchmark_models import FAMILIES, Shape, make_checkpoint
 from benchmark_peers import PEERS, PeerMissing
 from rich import box
@@ -83,6 +85,9 @@ class Result:
 def main() -> None:
     """Runs the benchmark and prints the table."""
     options = _options()
+    if options.load:
+        show_load("embedded", options.device, options.dtype, count=1000, runs=options.runs)
+        return
     console = Console()
     documents = _documents()
     results = []
@@ -126,6 +131,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--runs", type=int, default=3, help="times that each contender scores each workload")
     parser.add_argument("--workload", action="append", help="name of a workload; all by default")
     parser.add_argument("--peer", action="append", help="name of a peer; all by default, 'none' for none")
+    parser.add_argument("--load", action="store_true", help="many requests at once against one after another, instead")
     parser.add_argument("--json", help="file for the results")
     parser.add_argument("--plot", help="PNG file for a picture of them (matplotlib)")
     return parser.parse_args()

@@ -24,6 +24,7 @@ from rich.table import Table
 
 from bge_rerank_plugins import Scorer
 from bge_rerank_plugins.docstrings import standard_library
+from bge_rerank_plugins.settings import Dtype
 
 Request = tuple[str, list[str]]
 
@@ -45,20 +46,25 @@ def main() -> None:
         with Scorer(options.model, device=options.device, dtype=options.dtype) as scorer:
             _measure_stream(scorer, options.stream) if options.stream else _measure_scaling(scorer)
         return
+    show_load(options.model, options.device, options.dtype, options.requests, options.runs)
+
+
+def show_load(model: str, device: str | None, dtype: Dtype, count: int, runs: int) -> None:
+    """Measures `count` requests of two short passages, and a twentieth of that of 20 passages, and prints a table."""
     texts = [docstring.text for docstring in standard_library()]
     kinds = {
-        "2 short passages": _requests(texts, options.requests, passages=2, characters=60),
-        "20 passages": _requests(texts, max(1, options.requests // 20), passages=20, characters=300),
+        "2 short passages": _requests(texts, count, passages=2, characters=60),
+        "20 passages": _requests(texts, max(1, count // 20), passages=20, characters=300),
     }
-    with Scorer(options.model, device=options.device, dtype=options.dtype) as scorer:
+    with Scorer(model, device=device, dtype=dtype) as scorer:
         scorer.warmup()
         gc.collect()
         gc.freeze()  # else Python's collector goes through all of torch's objects now and then, 0.2 s each time
-        table = Table(title=f"{options.model}, {options.dtype}, medians of {options.runs} runs", title_justify="left")
+        table = Table(title=f"{model}, {dtype}, medians of {runs} runs", title_justify="left")
         for title in ("requests", "one by one", "at once", "faster", "longest stall of the loop"):
             table.add_column(title, justify="left" if title == "requests" else "right")
         for name, requests in kinds.items():
-            measured = [asyncio.run(_both_ways(scorer, requests)) for _ in range(options.runs)]
+            measured = [asyncio.run(_both_ways(scorer, requests)) for _ in range(runs)]
             alone, together, stall = (statistics.median(column) for column in zip(*measured, strict=True))
             table.add_row(
                 f"{len(requests)} of {name}",
