@@ -117,7 +117,7 @@ def main() -> None:
         rows = [asdict(result) | {"median": result.median, "share": result.share} for result in results]
         Path(options.json).write_text(json.dumps(facts | {"results": rows}, indent=1) + "\n")
     if options.plot:
-        _plot(results, options.plot)
+        _plot(results, f"{options.family}, {options.dtype}, {_machine(options.device)}", options.plot)
 
 
 def _options() -> argparse.Namespace:
@@ -279,18 +279,19 @@ def _show(console: Console, rows: list[Result]) -> None:
     console.print(table)
 
 
-def _plot(results: list[Result], path: str) -> None:
+def _plot(results: list[Result], title: str, path: str) -> None:
     import matplotlib.pyplot as plt
 
     workloads = list(dict.fromkeys(result.workload for result in results))
     figure, axes = plt.subplots(1, len(workloads), figsize=(5 * len(workloads), 4), layout="constrained")
     for axis, workload in zip([axes] if len(workloads) == 1 else axes, workloads, strict=True):
         rows = sorted((r for r in results if r.workload == workload), key=lambda r: -r.median)
-        colors = ["tab:blue" if row.contender.startswith("this") else "tab:gray" for row in rows]
+        colors = ["tab:blue" if row.contender.startswith(("this", "Onnx")) else "tab:gray" for row in rows]
         bars = axis.barh([row.contender for row in rows], [row.pairs / row.median for row in rows], color=colors)
         axis.bar_label(bars, fmt="%.1f", padding=3)
         axis.set(title=workload, xlabel="pairs per second")
         axis.margins(x=0.15)
+    figure.suptitle(title)
     figure.savefig(path, dpi=120)
 
 
