@@ -147,11 +147,11 @@ def _model_card_layerwise(directory: Path, dtype: torch.dtype, device: str) -> S
     """The card's procedure, one padded batch, on transformers' Granite: the published class does not run on transformers 5."""
     from transformers import PreTrainedTokenizerFast
 
-    from bge_rerank_plugins.core.layerwise import LayerwiseModel, _granite_config
+    from bge_rerank_plugins.core.layerwise import LayerwiseModel, granite_config
 
     tokenizer: Any = PreTrainedTokenizerFast.from_pretrained(directory)
     published = json.loads((directory / "config.json").read_text())
-    config = _granite_config(published, published["num_hidden_layers"])
+    config = granite_config(published, published["num_hidden_layers"])
     model: Any = LayerwiseModel.from_pretrained(directory, config=config, dtype=dtype, attn_implementation="sdpa")
     model = model.to(device).eval()
 

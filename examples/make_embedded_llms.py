@@ -30,7 +30,7 @@ from transformers import GemmaConfig, GemmaForCausalLM, PreTrainedModel, PreTrai
 from transformers.utils import logging
 
 from bge_rerank_plugins.cli import main as bge_rerank
-from bge_rerank_plugins.core.layerwise import LayerwiseModel, _granite_config
+from bge_rerank_plugins.core.layerwise import LayerwiseModel, granite_config
 from bge_rerank_plugins.core.prompt import ANSWER, PROMPT
 from bge_rerank_plugins.docstrings import Pair
 
@@ -143,7 +143,7 @@ def make_layerwise(folder: Path) -> None:
         "head_type": "simple",
         "tie_word_embeddings": False,
     }
-    config = _granite_config(published, published["num_hidden_layers"])
+    config = granite_config(published, published["num_hidden_layers"])
     config.initializer_range = WIDTH
     save_quietly(matching(LayerwiseModel(config)), folder)
     (folder / "config.json").write_text(json.dumps(published, indent=2) + "\n")

@@ -339,11 +339,11 @@ def test_a_lora_adapter_on_a_layerwise_model_is_merged(tmp_path: Path, cutoff_la
     """As FlagEmbedding saves it: LoRA on the attention, the heads whole; with layers above the cutoff, too."""
     from peft import LoraConfig, get_peft_model
 
-    from bge_rerank_plugins.core.layerwise import LayerwiseModel, _granite_config
+    from bge_rerank_plugins.core.layerwise import LayerwiseModel, granite_config
 
     torch.manual_seed(0)
     model = LayerwiseModel.from_pretrained(
-        LAYERWISE, config=_granite_config(json.loads((DATA / "layerwise" / "config.json").read_text()), 11)
+        LAYERWISE, config=granite_config(json.loads((DATA / "layerwise" / "config.json").read_text()), 11)
     )
     targets = ["q_proj", "k_proj", "v_proj", "o_proj"]
     adapted = get_peft_model(

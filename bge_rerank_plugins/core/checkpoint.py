@@ -196,7 +196,7 @@ class Checkpoint:
             ValueError: No safetensors, or weights that neither the checkpoint nor its adapter holds.
         """
         try:
-            with _alone_and_quiet(self.show_progress):
+            with alone_and_quiet(self.show_progress):
                 model, report = auto_class.from_pretrained(
                     self.model,
                     config=config,
@@ -222,7 +222,7 @@ class Checkpoint:
         from peft import PeftModel
 
         try:
-            with _alone_and_quiet(self.show_progress):
+            with alone_and_quiet(self.show_progress):
                 adapted = PeftModel.from_pretrained(model, peft_path, **self._hub(revision=False))
                 return adapted.merge_and_unload()
         except (OSError, ValueError, RuntimeError) as error:
@@ -239,7 +239,7 @@ class Checkpoint:
 
 
 @contextmanager
-def _alone_and_quiet(show_progress: bool) -> Iterator[None]:
+def alone_and_quiet(show_progress: bool) -> Iterator[None]:
     """One load at a time, and meanwhile nothing on standard error from transformers, the hub or peft, process-wide.
 
     What transformers would report, weights that are missing, is an error here.

@@ -89,13 +89,10 @@ class Layerwise:
         layers, cutoff_layer, prompt = _checked(checkpoint, settings)
 
         def load(top: int) -> LayerwiseModel:
-            model: Any = checkpoint.load(LayerwiseModel, _granite_config(published, top), dtype, device)
+            model: Any = checkpoint.load(LayerwiseModel, granite_config(published, top), dtype, device)
             return model  # type: ignore[no-any-return]
 
-        # A head over the whole vocabulary is the language model's own, with its scale before it.
-        whole_vocabulary = published["head_type"] != "simple"
-        scale = published["dim_model_base"] / published["hidden_size"] if whole_vocabulary else 1.0
-        return cls(load, prompt, layers, cutoff_layer, scale)
+        return cls(load, prompt, layers, cutoff_layer, hidden_scale(published))
 
     @classmethod
     def describe(cls, checkpoint: Checkpoint, settings: RerankSettings) -> dict[str, str]:
@@ -197,7 +194,14 @@ def check_layers(cutoff_layers: Sequence[int], layers: range) -> None:
             raise ValueError(f"cutoff_layer={layer!r}: this checkpoint scores at layers {layers[0]} to {layers[-1]}")
 
 
-def _granite_config(published: dict[str, Any], top: int) -> GraniteConfig:
+def hidden_scale(published: dict[str, Any]) -> float:
+    """Factor on hidden states before a head: one over the whole vocabulary is the language model's own, with its scale."""
+    if published["head_type"] == "simple":
+        return 1.0
+    return float(published["dim_model_base"] / published["hidden_size"])
+
+
+def granite_config(published: dict[str, Any], top: int) -> GraniteConfig:
     """Granite's config for the published one, cut to `top` layers. Checked against the published class to 1e-6."""
     same = (
         "vocab_size",

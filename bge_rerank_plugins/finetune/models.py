@@ -8,21 +8,22 @@ from __future__ import annotations
 
 import json
 import shutil
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from ..core.checkpoint import _alone_and_quiet
+from ..core.checkpoint import alone_and_quiet
 from ..core.decoder import Decoder
 from ..core.encoder import Encoder, architecture_of, pair_encoder
 from ..core.families import family_of
-from ..core.layerwise import Layerwise, LayerwiseModel, _granite_config, check_layers, layers_of
+from ..core.layerwise import Layerwise, LayerwiseModel, check_layers, granite_config, hidden_scale, layers_of
 from ..core.prompt import Prompt
 from ..core.sequences import TokenSequence
 from .checkpoints import TrainingCheckpoint, checkpoint_of, rerank_settings
@@ -45,7 +46,17 @@ _TOKENIZER_FILES = (
 Encode = Callable[[str, Sequence[str]], list[TokenSequence]]
 
 
-class Trainee(nn.Module):
+class _Padded(NamedTuple):
+    """The arguments of `Trainee.forward`."""
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    position_ids: Tensor
+    last_rows: Tensor
+    token_type_ids: Tensor | None
+
+
+class Trainee(nn.Module, ABC):
     """A network in training.
 
     Args:
@@ -91,8 +102,9 @@ class Trainee(nn.Module):
                 )
         return ("score",)
 
+    @abstractmethod
     def _load(self, dtype: torch.dtype) -> Any:
-        raise NotImplementedError
+        """The transformers model."""
 
     def encoder(self) -> Callable[[str | None], Encode]:
         """What makes token ids of a query and its passages, for each prompt."""
@@ -123,7 +135,7 @@ class Trainee(nn.Module):
             target_modules=[targets] if isinstance(targets, str) else targets,
             modules_to_save=list(self.trained_whole) or None,
         )
-        with _alone_and_quiet(show_progress=False):
+        with alone_and_quiet(show_progress=False):
             return get_peft_model(self.network, config)
 
     @property
@@ -151,11 +163,15 @@ class Trainee(nn.Module):
         Returns:
             Shape (pairs, heads).
         """
-        raise NotImplementedError
+        return self._scores(_Padded(input_ids, attention_mask, position_ids, last_rows, token_type_ids))
+
+    @abstractmethod
+    def _scores(self, pairs: _Padded) -> Tensor:
+        """The score of each pair at each head. Shape (pairs, heads)."""
 
     def save(self, folder: Path) -> None:
         """Writes the adapter, or the model in the family's published layout, with its tokenizer."""
-        with _alone_and_quiet(show_progress=False):
+        with alone_and_quiet(show_progress=False):
             if self.uses_lora:
                 self.network.save_pretrained(folder)
                 (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty card
@@ -229,20 +245,13 @@ class EncoderTrainee(Trainee):
         encode = pair_encoder(self.checkpoint, rerank_settings(self.settings)).encode
         return lambda prompt: encode
 
-    def forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        position_ids: Tensor,
-        last_rows: Tensor,
-        token_type_ids: Tensor | None = None,
-    ) -> Tensor:
+    def _scores(self, pairs: _Padded) -> Tensor:
         """The logit of each pair. Shape (pairs, 1)."""
         logits: Tensor = self.inner(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids + self._first_position,
-            token_type_ids=torch.zeros_like(input_ids) if token_type_ids is None else token_type_ids,
+            input_ids=pairs.input_ids,
+            attention_mask=pairs.attention_mask,
+            position_ids=pairs.position_ids + self._first_position,
+            token_type_ids=torch.zeros_like(pairs.input_ids) if pairs.token_type_ids is None else pairs.token_type_ids,
         ).logits
         return logits.float()
 
@@ -257,19 +266,15 @@ class DecoderTrainee(Trainee):
         self._softcap: float | None = getattr(config, "final_logit_softcapping", None)
         return self.checkpoint.load(AutoModelForCausalLM, config, dtype, torch.device("cpu"), attention=ATTENTION)
 
-    def forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        position_ids: Tensor,
-        last_rows: Tensor,
-        token_type_ids: Tensor | None = None,
-    ) -> Tensor:
+    def _scores(self, pairs: _Padded) -> Tensor:
         """The logit of "Yes" of each pair. Shape (pairs, 1)."""
         hidden = self.inner.base_model(
-            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
+            input_ids=pairs.input_ids,
+            attention_mask=pairs.attention_mask,
+            position_ids=pairs.position_ids,
+            use_cache=False,
         ).last_hidden_state
-        scores = _times_row(_rows(hidden, last_rows), self.inner.get_output_embeddings().weight[self._answer])
+        scores = _times_row(_rows(hidden, pairs.last_rows), self.inner.get_output_embeddings().weight[self._answer])
         return scores if self._softcap is None else self._softcap * torch.tanh(scores / self._softcap)
 
 
@@ -289,40 +294,32 @@ class LayerwiseTrainee(Trainee):
     def _load(self, dtype: torch.dtype) -> Any:
         published = self.checkpoint.config
         self._answer = Prompt(self.checkpoint, rerank_settings(self.settings), self._positions()).answer_id
-        whole_vocabulary = published["head_type"] != "simple"
-        self._hidden_scale = published["dim_model_base"] / published["hidden_size"] if whole_vocabulary else 1.0
-        if whole_vocabulary:
+        self._hidden_scale = hidden_scale(published)
+        if published["head_type"] != "simple":
             self.trained_whole = ()
         return self.checkpoint.load(
             LayerwiseModel,
-            _granite_config(published, published["num_hidden_layers"]),
+            granite_config(published, published["num_hidden_layers"]),
             dtype,
             torch.device("cpu"),
             attention=ATTENTION,
             may_lack=("lm_head.",) if self.checkpoint.is_base_model else (),
         )
 
-    def forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        position_ids: Tensor,
-        last_rows: Tensor,
-        token_type_ids: Tensor | None = None,
-    ) -> Tensor:
+    def _scores(self, pairs: _Padded) -> Tensor:
         """The score of each pair after each layer. Shape (pairs, layers)."""
         backbone = self.inner.model
         output = backbone(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
+            input_ids=pairs.input_ids,
+            attention_mask=pairs.attention_mask,
+            position_ids=pairs.position_ids,
             use_cache=False,
             output_hidden_states=True,
         )
         scores = []
         for layer in self.layers:
             last = layer == self.layers[-1]  # the last of transformers' hidden states is normed already
-            rows = _rows(output.last_hidden_state if last else output.hidden_states[layer], last_rows)
+            rows = _rows(output.last_hidden_state if last else output.hidden_states[layer], pairs.last_rows)
             normed = rows if last else backbone.norm(rows)
             scores.append(_times_row(normed, self.inner.head_row(layer, self._answer) * self._hidden_scale))
         return torch.cat(scores, dim=1)
