@@ -27,36 +27,32 @@ def made(name: str, dtype: torch.dtype) -> Any:
     return MODELS[name]().eval().requires_grad_(False).to(dtype)
 
 
-@needs_operators
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 0.2)])
 @pytest.mark.parametrize("name", MODELS)
 def test_a_packed_model_is_the_same_function(name: str, dtype: torch.dtype, tolerance: float) -> None:
-    if not linear.can_pack(dtype):
-        pytest.skip(f"no {dtype} on this processor")
     model = made(name, dtype)
     ids = torch.arange(10, 40)[None]
     with torch.inference_mode():
         want = model(input_ids=ids).last_hidden_state.float()
         linear.pack_linear_layers(model)
         got = model(input_ids=ids).last_hidden_state.float()
-    assert not [module for module in model.modules() if type(module) is nn.Linear], "a layer was left out"
+    left = [module for module in model.modules() if type(module) is nn.Linear]
+    assert bool(left) == (not linear.can_pack(dtype)), "a layer was left out, or packed where that cannot be"
     torch.testing.assert_close(got, want, atol=tolerance * float(want.abs().mean()), rtol=tolerance)
 
 
 @needs_operators
-@pytest.mark.parametrize("fused", [linear.PLAIN, *dict.fromkeys(linear.ACTIVATIONS.values())])
 @given(rows=st.integers(1, 70), inputs=st.integers(1, 70), outputs=st.integers(1, 70), bias=st.booleans())
-@settings(max_examples=25, deadline=None)
-def test_a_packed_layer_takes_any_shape(fused: linear.Fused, rows: int, inputs: int, outputs: int, bias: bool) -> None:
+@settings(max_examples=50, deadline=None)
+def test_a_packed_layer_takes_any_shape(rows: int, inputs: int, outputs: int, bias: bool) -> None:
     torch.manual_seed(0)
     layer = nn.Linear(inputs, outputs, bias=bias).requires_grad_(False)
-    functions = {linear.PLAIN: nn.Identity(), **{fused: kind() for kind, fused in linear.ACTIVATIONS.items()}}
-    states = torch.randn(1, rows, inputs)
-    packed = linear.PackedLinear(layer, fused)
-    product = layer(states)
-    torch.testing.assert_close(packed(states), functions[fused](product), atol=1e-5, rtol=1e-4)
-    plain, other = linear.PackedLinear(layer), torch.randn(1, rows, outputs)
-    torch.testing.assert_close(plain.plus(states, other), product + other, atol=1e-5, rtol=1e-4)
+    states, other = torch.randn(1, rows, inputs), torch.randn(1, rows, outputs)
+    product, packed = layer(states), linear.PackedLinear(layer)
+    with_gelu = linear.PackedLinear(layer, gelu=True)
+    torch.testing.assert_close(packed(states), product, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(packed.plus(states, other), product + other, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(with_gelu(states), torch.nn.functional.gelu(product), atol=1e-5, rtol=1e-4)
 
 
 @pytest.fixture(autouse=True)
