@@ -43,6 +43,20 @@ def test_a_shared_prefix_stands_once_and_every_sequence_reads_its_own_keys(
     assert pack.input_ids[pack.first_rows].tolist() == [s.input_ids[0] for s in sequences]
 
 
+@given(st.lists(ids, min_size=1, max_size=8), st.integers(0, 20))
+def test_what_fills_a_pack_up_stands_behind_all_others_as_a_sequence_of_its_own(
+    sequences: list[list[int]], missing: int
+) -> None:
+    alone = pack_sequences([TokenSequence(s) for s in sequences])
+    filled = pack_sequences([TokenSequence(s) for s in sequences], rows_for=lambda rows: rows + missing)
+    assert len(filled) == len(alone) + missing
+    for name in ("input_ids", "position_ids", "first_rows", "last_rows", "cu_seqlens_q"):
+        kept = getattr(filled, name)[: len(getattr(alone, name))]
+        assert torch.equal(kept, getattr(alone, name))
+    assert filled.segments[: len(sequences)] == alone.segments
+    assert len(filled.segments) == len(sequences) + bool(missing)
+
+
 def test_positions_and_segments_given_by_the_family_are_kept() -> None:
     pack = pack_sequences([TokenSequence([5, 6], token_type_ids=[0, 1], position_ids=[0, -1]), TokenSequence([7])])
     assert pack.position_ids.tolist() == [0, -1, 0]

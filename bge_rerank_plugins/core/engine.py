@@ -33,7 +33,7 @@ from .schedule import Job, Pair, Request, Schedule
 from .sequences import TokenSequence
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from ..settings import RerankSettings
 
@@ -337,16 +337,14 @@ class _Worker:
         self.family = kind.load(checkpoint, settings, self.device, self.precision.dtype)
         self.budget = settings.max_batch_tokens or DEFAULT_BUDGET.get(self.device.type, OTHER_BUDGET)
         self._full_budget = self.budget
-        self._few_sizes = self.device.type == "cpu" and pays(self.precision.dtype)
+        few_sizes = self.device.type == "cpu" and pays(self.precision.dtype)
+        self._rows_for: Callable[[int], int] = rows_for if few_sizes else int
         self._fitted = 0
 
     def score(self, sequences: Sequence[TokenSequence], cutoff_layers: tuple[int, ...]) -> list[Any]:
         """Raw scores of one pack."""
         with torch.inference_mode():
-            pack = pack_sequences(sequences, self.device)
-            if self._few_sizes and (missing := rows_for(len(pack)) - len(pack)):
-                filler = TokenSequence([0] * missing, position_ids=[0] * missing)
-                pack = pack_sequences([*sequences, filler], self.device)
+            pack = pack_sequences(sequences, self.device, self._rows_for)
             scores: list[Any] = self.family.forward(pack, cutoff_layers)[: len(sequences)].tolist()
         self._fitted += 1
         if self.budget < self._full_budget and self._fitted % PACKS_BEFORE_GROWTH == 0:

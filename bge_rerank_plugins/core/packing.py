@@ -5,7 +5,7 @@ The prefix then stands once in the pack, as a sequence of its own, and the keys 
 every sequence that shares it. Knows nothing of models, text or devices beyond "put these index tensors there".
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -62,8 +62,19 @@ class Pack:
         return len(self.input_ids)
 
 
-def pack_sequences(sequences: Sequence[TokenSequence], device: torch.device | str = "cpu") -> Pack:
-    """Lays sequences end to end; sequences of one group that follow each other share one copy of their prefix."""
+def pack_sequences(
+    sequences: Sequence[TokenSequence],
+    device: torch.device | str = "cpu",
+    rows_for: Callable[[int], int] = lambda rows: rows,
+) -> Pack:
+    """Lays sequences end to end; sequences of one group share one copy of their prefix.
+
+    Args:
+        sequences: What to lay.
+        device: Where the tensors go.
+        rows_for: The number of tokens that a pack of so many is filled up to, for devices that want few sizes. What fills it
+            stands behind all others as a sequence of its own, which nobody asked for.
+    """
     ids: list[int] = []
     positions: list[int] = []
     types: list[int] = []
@@ -79,7 +90,7 @@ def pack_sequences(sequences: Sequence[TokenSequence], device: torch.device | st
         types.extend((sequence.token_type_ids or [0] * len(sequence))[begin:end])
         return start, len(ids)
 
-    for sequence in sequences:
+    def add(sequence: TokenSequence) -> None:
         prefix = Segment(0, 0)
         if sequence.prefix:
             if sequence.group not in prefix_of_group:
@@ -90,6 +101,11 @@ def pack_sequences(sequences: Sequence[TokenSequence], device: torch.device | st
         segments.append(Segment(start, stop, prefix.start, prefix.stop))
         first_rows.append(prefix.start if sequence.prefix else start)
         last_rows.append(stop - 1)
+
+    for sequence in sequences:
+        add(sequence)
+    if missing := rows_for(len(ids)) - len(ids):
+        add(TokenSequence([0] * missing, position_ids=[0] * missing))
 
     key_counts = [s.stop - s.start + s.prefix_stop - s.prefix_start for s in segments]
     key_rows = None
