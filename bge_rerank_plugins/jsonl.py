@@ -111,22 +111,21 @@ def check_text(record: dict[str, Any], key: str) -> None:
 
 def check_texts(record: dict[str, Any], key: str) -> None:
     """Raises ValueError unless the object has an array of strings there."""
-    _check_key(record, key)
-    if not isinstance(record[key], list):
-        raise ValueError(f'"{key}" is {json_kind(record[key])}, expected an array of strings')
-    for index, text in enumerate(record[key]):
-        if not isinstance(text, str):
-            raise ValueError(f'"{key}"[{index}] is {json_kind(text)}, expected a string')
+    _check_array(record, key, "string")
 
 
 def check_numbers(record: dict[str, Any], key: str) -> None:
     """Raises ValueError unless the object has an array of numbers there."""
+    _check_array(record, key, "number")
+
+
+def _check_array(record: dict[str, Any], key: str, kind: str) -> None:
     _check_key(record, key)
     if not isinstance(record[key], list):
-        raise ValueError(f'"{key}" is {json_kind(record[key])}, expected an array of numbers')
-    for index, number in enumerate(record[key]):
-        if json_kind(number) != "a number":
-            raise ValueError(f'"{key}"[{index}] is {json_kind(number)}, expected a number')
+        raise ValueError(f'"{key}" is {json_kind(record[key])}, expected an array of {kind}s')
+    for index, value in enumerate(record[key]):
+        if json_kind(value) != f"a {kind}":
+            raise ValueError(f'"{key}"[{index}] is {json_kind(value)}, expected a {kind}')
 
 
 def _check_key(record: dict[str, Any], key: str) -> None:

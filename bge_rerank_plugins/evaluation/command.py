@@ -9,7 +9,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..arguments import add_fields, add_settings, settings_of
+from ..arguments import add_fields, add_settings, fields_of, settings_of
 from ..demo import PUBLISHED_MODEL
 from ..jsonl import InputError
 from ..scorer import Scorer
@@ -50,9 +50,7 @@ def run(arguments: argparse.Namespace) -> None:
     Raises:
         ValueError: Something cannot be used; the message names it.
     """
-    options = EvaluationSettings(
-        **{name: value for name, value in vars(arguments).items() if name in EvaluationSettings.model_fields}
-    )
+    options = fields_of(arguments, EvaluationSettings)
     progress = getattr(arguments, "show_progress", None)
     models = [model for model in arguments.models.split(",") if model]
     if not models:
