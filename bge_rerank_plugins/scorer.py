@@ -8,13 +8,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-import threading
 from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
-from weakref import WeakKeyDictionary
 
-from .call import ENCODE_AT_ONCE, Call, Turns, chunks_of, progress_bar
+from .call import ENCODE_AT_ONCE, Call, chunks_of, progress_bar
+from .lease import Lease
 from .ranking import RankedPassage, check_cut, rank_scores, sigmoid
 from .settings import Dtype, RerankSettings
 from .texts import checked_requests, checked_texts, requests_of_pairs, stream_of_requests
@@ -62,11 +61,7 @@ class Scorer:
     """
 
     _settings: RerankSettings
-    _lock: threading.Lock
-    _turns: WeakKeyDictionary[asyncio.AbstractEventLoop, Turns]
-    _engine: Engine | None
-    _finalizer: Any
-    _closed: bool
+    _lease: Lease
     _warned: bool
 
     def __init__(
@@ -125,8 +120,9 @@ class Scorer:
     def with_settings(self, settings: RerankSettings) -> Scorer:
         """A scorer with other options, which keeps the loaded model where they allow it."""
         scorer = Scorer.from_settings(settings)
-        if self._engine is not None and self._engine.serves(scorer._settings):
-            scorer._acquired()
+        engine = self._lease.engine
+        if engine is not None and engine.serves(scorer._settings):
+            scorer._lease.acquired()
         return scorer
 
     @property
@@ -298,7 +294,7 @@ class Scorer:
             requests (calls), pairs, tokens, packs, mean_fill (of the token budget), out_of_memory (packs tried again),
             truncated (passages cut), queued_tokens (waiting now), device_seconds.
         """
-        engine = self._engine
+        engine = self._lease.engine
         if engine is None:
             return dict.fromkeys(STATS, 0)
         stats = engine.stats()
@@ -312,15 +308,7 @@ class Scorer:
 
     def close(self) -> None:
         """Gives the model back; the last scorer of several with equal settings frees its memory. Safe to call twice."""
-        with self._lock:
-            self._closed = True
-            engine, self._engine = self._engine, None
-            if self._finalizer is not None:
-                self._finalizer.detach()
-        if engine is not None:
-            from .core.registry import release
-
-            release(engine)
+        self._lease.close()
 
     def __enter__(self) -> Self:
         return self
@@ -342,63 +330,11 @@ class Scorer:
         self._start()
 
     def _start(self) -> None:
-        self._lock = threading.Lock()
-        self._turns = WeakKeyDictionary()
-        self._engine = None
-        self._finalizer = None
-        self._closed = False
+        self._lease = Lease(self._settings)
         self._warned = False
 
-    def _acquired(self) -> Engine:
-        """The engine, started at first use."""
-        with self._lock:
-            if self._closed:
-                raise RuntimeError("this Scorer is closed")
-            if self._engine is None or not self._engine.usable:
-                from .core.registry import acquire, release_when_collected
-
-                if self._finalizer is not None:
-                    self._finalizer()
-                self._engine = acquire(self._settings)
-                self._finalizer = release_when_collected(self, self._engine)
-            return self._engine
-
-    def _loaded(self) -> tuple[Engine, Family]:
-        """The engine and its family, once the model is there. A load that failed is tried again next time."""
-        engine = self._acquired()
-        try:
-            return engine, engine.loaded.result()
-        except Exception:
-            self._give_up(engine)
-            raise
-
-    async def _aloaded(self) -> tuple[Engine, Family]:
-        """`_loaded` without blocking: the first call imports torch, which takes seconds."""
-        loop = asyncio.get_running_loop()
-        engine = await loop.run_in_executor(None, self._acquired) if self._engine is None else self._acquired()
-        if (
-            engine.loaded.done() and engine.loaded.exception() is None
-        ):  # the usual case, and a thousand may come at once
-            return engine, engine.loaded.result()
-        try:
-            # Shielded: whoever stops waiting must not cancel the load for everybody else.
-            return engine, await asyncio.shield(asyncio.wrap_future(engine.loaded))
-        except Exception:
-            await loop.run_in_executor(None, self._give_up, engine)
-            raise
-
-    def _give_up(self, engine: Engine) -> None:
-        from .core.registry import release
-
-        with self._lock:
-            if self._engine is not engine:
-                return
-            self._engine = None
-            self._finalizer.detach()
-        release(engine)
-
     def _checked_layers(self, cutoff_layers: Sequence[int]) -> tuple[int, ...]:
-        _, family = self._loaded()
+        _, family = self._lease.loaded()
         if family.layers is None:
             raise ValueError(
                 f"cutoff_layers={list(cutoff_layers)}: {self._settings.model!r} is no layerwise checkpoint"
@@ -424,7 +360,7 @@ class Scorer:
         self, requests: Iterable[tuple[str, Sequence[str]]], pairs: float, cutoff_layers: tuple[int, ...] = ()
     ) -> Iterator[list[Any]]:
         """Raw scores chunk by chunk, in order. Tokenising runs ahead of the device, by a bounded number of pairs."""
-        engine, family = self._loaded()
+        engine, family = self._lease.loaded()
         call = self._call(engine, family, pairs, cutoff_layers)
         try:
             for query, chunk in chunks_of(requests):
@@ -443,9 +379,9 @@ class Scorer:
         self, requests: Iterable[tuple[str, Sequence[str]]], pairs: float
     ) -> AsyncIterator[list[Any]]:
         """`_scored_chunks` without blocking the event loop."""
-        engine, family = await self._aloaded()
+        engine, family = await self._lease.aloaded()
         call = self._call(engine, family, pairs)
-        turns = self._turns_of(asyncio.get_running_loop(), engine)
+        turns = self._lease.turns(engine)
         try:
             for query, chunk in chunks_of(requests):
                 sequences = await turns.run(partial(call.encode, query, chunk))
@@ -458,14 +394,6 @@ class Scorer:
                 yield call.reduced(await asyncio.wrap_future(call.oldest()))
         finally:
             self._end(call, family)
-
-    def _turns_of(self, loop: asyncio.AbstractEventLoop, engine: Engine) -> Turns:
-        """What tokenises for the calls of a loop."""
-        with self._lock:
-            turns = self._turns.get(loop)
-            if turns is None or turns.thread is not engine.tokenizer_thread:
-                turns = self._turns[loop] = Turns(engine.tokenizer_thread)
-            return turns
 
     def _call(self, engine: Engine, family: Family, pairs: float, cutoff_layers: tuple[int, ...] = ()) -> Call:
         split = self._settings.long_passages == "split"

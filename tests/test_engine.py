@@ -25,13 +25,13 @@ def scorer() -> Iterator[Scorer]:
 
 def inject(scorer: Scorer, fault: Callable[[Pack, Callable[[Pack], Tensor]], Tensor]) -> None:
     """Puts `fault` in the way of the loaded model's forward pass."""
-    family: Any = scorer._acquired().loaded.result()
+    family: Any = scorer._lease.acquired().loaded.result()
     forward = family.forward
     family.forward = lambda pack, cutoff_layers=(): fault(pack, forward)
 
 
 def heal(scorer: Scorer) -> None:
-    del scorer._acquired().loaded.result().forward  # type: ignore[misc]
+    del scorer._lease.acquired().loaded.result().forward  # type: ignore[misc]
 
 
 def test_an_error_of_the_model_reaches_the_caller_with_its_cause(scorer: Scorer) -> None:
@@ -136,7 +136,7 @@ def test_close_fails_what_still_waits_and_frees_the_model() -> None:
 
     scorer = Scorer(MODEL, max_batch_tokens=64, query_instruction="to be closed ")
     scorer.warmup()
-    model = weakref.ref(scorer._acquired().loaded.result()._backbone)  # type: ignore[attr-defined]
+    model = weakref.ref(scorer._lease.acquired().loaded.result()._backbone)  # type: ignore[attr-defined]
     outcome: list[str] = []
 
     def ask() -> None:

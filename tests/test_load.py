@@ -229,7 +229,7 @@ def test_a_long_passage_has_the_score_of_its_best_window(directory: str) -> None
         Scorer(directory, max_length=64, long_passages="split") as split,
         Scorer(directory, max_length=64) as cut,
     ):
-        windows = split._loaded()[1].windows("panda number 14", long)
+        windows = split._lease.loaded()[1].windows("panda number 14", long)
         assert len(windows) > 5
         expected = max(cut.score("panda number 14", windows))
         assert split.score("panda number 14", ["hi", long, ""]) == pytest.approx(
@@ -242,7 +242,7 @@ def test_a_long_passage_has_the_score_of_its_best_window(directory: str) -> None
 def test_layers_take_the_best_window_each() -> None:
     long = " ".join(f"Item {i} describes panda number {i}." for i in range(40))
     with Scorer(LAYERWISE, max_length=64, long_passages="split") as split, Scorer(LAYERWISE, max_length=64) as cut:
-        windows = split._loaded()[1].windows("panda", long)
+        windows = split._lease.loaded()[1].windows("panda", long)
         expected = cut.score_layers("panda", windows, [3, 11])
         got = split.score_layers("panda", [long], [3, 11])
     assert [got[3][0], got[11][0]] == pytest.approx([max(expected[3]), max(expected[11])], abs=1e-5)
@@ -267,7 +267,7 @@ TOKENIZER = Checkpoint.from_settings(RerankSettings(model=ENCODER)).tokenizer()
 
 
 def test_calls_that_begin_together_are_few_jobs_for_the_tokenizer(scorer: Scorer) -> None:
-    thread = scorer._acquired().tokenizer_thread
+    thread = scorer._lease.acquired().tokenizer_thread
     submit, jobs = thread.submit, []
 
     def counted(*arguments: object) -> object:
@@ -296,7 +296,7 @@ def test_an_error_in_one_of_many_calls_is_that_calls_alone(scorer: Scorer) -> No
         raise ZeroDivisionError
 
     async def three() -> list[object]:
-        turns = Turns(scorer._acquired().tokenizer_thread)
+        turns = Turns(scorer._lease.acquired().tokenizer_thread)
         cancelled = turns.run(fail)
         cancelled.cancel()
         rest = [turns.run(partial(str, 1)), turns.run(fail), turns.run(partial(str, 2))]
@@ -311,7 +311,7 @@ def test_closing_while_calls_wait_for_the_tokenizer_tells_every_one_of_them() ->
     async def closed_meanwhile() -> list[object]:
         scorer = Scorer(ENCODER, query_instruction="closed meanwhile ")
         scorer.warmup()
-        thread, gate = scorer._acquired().tokenizer_thread, threading.Event()
+        thread, gate = scorer._lease.acquired().tokenizer_thread, threading.Event()
         thread.submit(gate.wait)
         calls = [asyncio.ensure_future(scorer.ascore("a", ["b"])) for _ in range(5)]
         await asyncio.sleep(0.05)

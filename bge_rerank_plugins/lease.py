@@ -1,0 +1,111 @@
+"""One scorer's hold on the shared engine of its settings: taken at first use, given back once.
+
+Knows nothing of texts or scores, and imports torch only when the engine is asked for.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+from .call import Turns
+
+if TYPE_CHECKING:
+    from .core.engine import Engine
+    from .core.families import Family
+    from .settings import RerankSettings
+
+
+class Lease:
+    """A hold on an engine, which is given back when it is closed or garbage-collected.
+
+    Args:
+        settings: Which engine.
+
+    Attributes:
+        engine: The engine that is held now, or None.
+    """
+
+    def __init__(self, settings: RerankSettings) -> None:
+        self.engine: Engine | None = None
+        self._settings = settings
+        self._lock = threading.Lock()
+        self._turns: WeakKeyDictionary[asyncio.AbstractEventLoop, Turns] = WeakKeyDictionary()
+        self._finalizer: Any = None
+        self._closed = False
+
+    def acquired(self) -> Engine:
+        """The engine, started at first use, and anew where the one before cannot be used any more.
+
+        Raises:
+            RuntimeError: The lease is closed.
+        """
+        with self._lock:
+            if self._closed:
+                raise RuntimeError("this Scorer is closed")
+            if self.engine is None or not self.engine.usable:
+                from .core.registry import acquire, release_when_collected
+
+                if self._finalizer is not None:
+                    self._finalizer()
+                self.engine = acquire(self._settings)
+                self._finalizer = release_when_collected(self, self.engine)
+            return self.engine
+
+    def loaded(self) -> tuple[Engine, Family]:
+        """The engine and its family, once the model is there. A load that failed is tried again next time."""
+        engine = self.acquired()
+        try:
+            return engine, engine.loaded.result()
+        except Exception:
+            self._give_up(engine)
+            raise
+
+    async def aloaded(self) -> tuple[Engine, Family]:
+        """`loaded` without blocking: the first call imports torch, which takes seconds."""
+        loop = asyncio.get_running_loop()
+        engine = await loop.run_in_executor(None, self.acquired) if self.engine is None else self.acquired()
+        loaded = engine.loaded
+        if loaded.done() and loaded.exception() is None:  # the usual case, and a thousand may come at once
+            return engine, loaded.result()
+        try:
+            # Shielded: whoever stops waiting must not cancel the load for everybody else.
+            return engine, await asyncio.shield(asyncio.wrap_future(loaded))
+        except Exception:
+            await loop.run_in_executor(None, self._give_up, engine)
+            raise
+
+    def turns(self, engine: Engine) -> Turns:
+        """What tokenises for the calls of the running loop."""
+        loop = asyncio.get_running_loop()
+        with self._lock:
+            turns = self._turns.get(loop)
+            if turns is None or turns.thread is not engine.tokenizer_thread:
+                turns = self._turns[loop] = Turns(engine.tokenizer_thread)
+            return turns
+
+    def close(self) -> None:
+        """Gives the engine back, for good. Safe to call twice."""
+        with self._lock:
+            self._closed = True
+            engine, self.engine = self.engine, None
+            if self._finalizer is not None:
+                self._finalizer.detach()
+        _release(engine)
+
+    def _give_up(self, engine: Engine) -> None:
+        with self._lock:
+            if self.engine is not engine:
+                return
+            self.engine = None
+            self._finalizer.detach()
+        _release(engine)
+
+
+def _release(engine: Engine | None) -> None:
+    if engine is not None:
+        from .core.registry import release
+
+        release(engine)
