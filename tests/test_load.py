@@ -336,10 +336,11 @@ def resident_bytes() -> int:
 
 
 def test_soak() -> None:
-    """64 threads and 256 tasks, mixed sizes, families and cancellations: every result is the sequential one to 1e-5, and the
+    """64 threads and 256 tasks, mixed sizes, families and cancellations: every result is the sequential one, and the
     second half of the 20,000 pairs takes no memory that the first did not.
 
-    Not bit for bit: the size of a pack decides how the processor blocks its products, which changes the last digits.
+    Not bit for bit: the size of a pack decides how the processor blocks its products, which changes the last digits. The
+    scores reach 3.9; they agree to a millionth of that.
     """
     others = {thread for thread in threading.enumerate() if thread.name.startswith("bge-rerank")}
     families = {directory: Scorer(directory, max_batch_tokens=1024) for directory in (ENCODER, DECODER, LAYERWISE)}
@@ -352,13 +353,14 @@ def test_soak() -> None:
 
     kinds = [job(number) for number in range(80)]
     expected = [families[directory].score(query, passages) for directory, query, passages in kinds]
+    tolerance = 1e-6 * max(abs(score) for scores in expected for score in scores)
     threads_before = threading.active_count()
     wrong: list[int] = []
     done = itertools.count()
 
     def check(number: int, scores: list[float]) -> None:
         next(done)
-        if scores != pytest.approx(expected[number % 80], abs=1e-5):
+        if scores != pytest.approx(expected[number % 80], abs=tolerance):
             wrong.append(number)
 
     def ask(caller: int) -> None:
