@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import GraniteConfig, GraniteModel
 from transformers.models.granite.modeling_granite import GranitePreTrainedModel
 
+from .gated import use_gated_blocks
 from .packing import Pack
 from .prompt import Prompt
 from .sequences import TokenSequence
@@ -117,6 +118,7 @@ class Layerwise:
         model = self._load(top)
         self._top = top
         self._backbone: Any = model.model
+        use_gated_blocks(self._backbone)
         self._heads = {
             layer: model.head_row(layer, self._prompt.answer_id).float() for layer in self.layers or () if layer <= top
         }
