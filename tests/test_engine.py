@@ -12,6 +12,7 @@ from torch import Tensor
 from bge_rerank_plugins import Scorer
 from bge_rerank_plugins.core.device import available_devices, choose_device, choose_precision
 from bge_rerank_plugins.core.packing import Pack
+from bge_rerank_plugins.core.worker import SMALLEST_BUDGET, budget_within, token_bytes
 
 MODEL = str(DATA / "encoder")
 
@@ -99,6 +100,39 @@ def test_out_of_memory_halves_the_pack_and_loses_nothing(scorer: Scorer) -> None
     assert sum(size > 100 for size in sizes) <= 2  # remembered, not found out again with every pack
     heal(scorer)
     assert scorer.score("panda", passages) == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("name", ["decoder", "layerwise"])
+def test_a_query_of_an_llm_reranker_is_computed_once_for_all_packs_of_its_request(name: str) -> None:
+    query, passages = "what is a panda " * 10, [f"panda number {i} in Sichuan" for i in range(30)]
+    with Scorer(str(DATA / name)) as whole, Scorer(str(DATA / name), max_batch_tokens=400) as parts:
+        expected = whole.score(query, passages)
+        sequences = whole._lease.loaded()[1].encode(query, passages)
+        sizes: list[int] = []
+        parts.warmup()
+
+        def counted(pack: Pack, forward: Callable[[Pack], Tensor]) -> Tensor:
+            sizes.append(len(pack))
+            if len(sizes) == 3:
+                raise torch.OutOfMemoryError("injected")
+            return forward(pack)
+
+        inject(parts, counted)
+        assert parts.score(query, passages) == pytest.approx(expected, abs=1e-5)
+        assert len(sizes) > 4
+        once = sequences[0].prefix + sum(len(sequence) - sequence.prefix for sequence in sequences)
+        # What did not fit was computed in vain, and the prefix again after it.
+        assert sum(sizes) == once + sizes[2] + sequences[0].prefix
+
+
+def test_a_budget_is_what_half_of_the_free_memory_holds() -> None:
+    per_token = token_bytes({"hidden_size": 1024, "intermediate_size": 4096}, torch.bfloat16)
+    assert per_token == 2 * (12 * 1024 + 4 * 4096)
+    assert budget_within(16384, None, per_token) == 16384
+    assert budget_within(16384, 80 * 2**30, per_token) == 16384
+    assert budget_within(16384, 2**29, per_token) == 2**28 // per_token < 16384
+    assert budget_within(16384, 0, per_token) == SMALLEST_BUDGET
+    assert token_bytes({"hidden_size": 10}, torch.float32) == 4 * (120 + 160)
 
 
 def test_a_pair_that_does_not_fit_alone_is_an_error_for_its_request_only(scorer: Scorer) -> None:

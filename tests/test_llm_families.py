@@ -23,6 +23,7 @@ from bge_rerank_plugins.core import attention
 from bge_rerank_plugins.core.checkpoint import Checkpoint
 from bge_rerank_plugins.core.families import Family, family_of
 from bge_rerank_plugins.core.packing import pack_sequences
+from bge_rerank_plugins.core.prefixes import Prefixes
 from bge_rerank_plugins.core.sequences import TokenSequence
 from bge_rerank_plugins.settings import RerankSettings
 
@@ -110,6 +111,46 @@ def test_the_query_is_computed_once_for_all_passages(directory: str) -> None:
     shared, apart = len(pack_sequences(sequences)), len(pack_sequences(unshared(sequences)))
     assert shared == apart - 9 * sequences[0].prefix
     assert sequences[0].prefix > 40
+
+
+def forward_in_packs(family: Family, packs: list[list[TokenSequence]]) -> tuple[list[float], int]:
+    """Scores of packs that follow one another as a worker scores them, and how many tokens were computed."""
+    kept, scores, tokens = Prefixes(), [], 0
+    for i, sequences in enumerate(packs):
+        keep = {sequence.group for later in packs[i + 1 : i + 2] for sequence in later}
+        with torch.inference_mode():
+            pack = pack_sequences(sequences, kept=kept, keep=keep)
+            scores += family.forward(pack).tolist()
+        kept = pack.keeper
+        tokens += len(pack)
+    assert list(kept) == []
+    return scores, tokens
+
+
+@pytest.mark.parametrize("implementation", [attention._attend_segments, attention._attend_padded])
+@pytest.mark.parametrize("directory", [DECODER, LAYERWISE])
+def test_a_query_is_computed_once_for_passages_in_several_packs(
+    directory: str, implementation: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    family = load(directory)
+    first = family.encode("what is panda " * 20, [f"passage {i} " * (1 + i) for i in range(10)])
+    second = family.encode("datetime", ["parse", "a string", "as a date"])
+    expected = forward(family, unshared(first)) + forward(family, unshared(second))
+    monkeypatch.setattr(attention, "attention_for", lambda *_: implementation)
+    packs = [first[:3], first[3:4], [*first[4:], second[0]], second[1:]]
+    scores, tokens = forward_in_packs(family, packs)
+    assert scores == pytest.approx(expected, rel=1e-5, abs=1e-5)
+    assert tokens == len(pack_sequences(first)) + len(pack_sequences(second))
+
+
+@pytest.mark.parametrize("directory", [DECODER, LAYERWISE])
+def test_prefixes_of_several_requests_are_kept_apart(directory: str) -> None:
+    family = load(directory)
+    requests = [family.encode(f"query {i} " * (3 + i), ["one", "two", "three"]) for i in range(4)]
+    expected = [score for sequences in requests for score in forward(family, unshared(sequences))]
+    in_turns, _ = forward_in_packs(family, [[sequences[i] for sequences in requests[::-1]] for i in range(3)])
+    scores = [in_turns[4 * i + 3 - request] for request in range(4) for i in range(3)]
+    assert scores == pytest.approx(expected, rel=1e-5, abs=1e-5)
 
 
 def tiny_decoder(name: str) -> Any:

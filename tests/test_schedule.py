@@ -110,6 +110,16 @@ def test_a_shared_prefix_counts_once_against_the_budget() -> None:
     assert len(scheduled(shared).take(18)) == 5
 
 
+def test_a_kept_prefix_does_not_count_and_is_kept_while_pairs_that_share_it_wait() -> None:
+    shared = Request([TokenSequence([0] * 10, prefix=8, group=1) for _ in range(5)], Job(5))
+    schedule = scheduled(shared)
+    assert [pair.prefix_is_needed_again for pair in schedule.take(12)] == [True, True]
+    assert [pair.prefix_is_needed_again for pair in schedule.take(4, kept=[1])] == [True, True]
+    assert [pair.prefix_is_needed_again for pair in schedule.take(4, kept=[1])] == [False]
+    alone = scheduled(Request([TokenSequence([0] * 10), TokenSequence([0] * 10)], Job(2)))
+    assert [pair.prefix_is_needed_again for pair in alone.take(10)] == [False]
+
+
 def test_drain_returns_every_request_once() -> None:
     first, second = request(5, 5), request(5)
     schedule = scheduled(first, second)

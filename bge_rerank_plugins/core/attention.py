@@ -23,7 +23,7 @@ ATTENTION = "bge_pack"
 
 Attend = Callable[[Tensor, Tensor, Tensor, Pack, float, bool, int | None, float | None], Tensor]
 """(query, key, value, pack, scaling, causal, window, softcap) -> output; query and output (tokens, heads, head_dim),
-key and value (tokens, key_value_heads, head_dim)."""
+key and value (tokens and kept prefixes, key_value_heads, head_dim)."""
 
 
 def attend_to_pack(
@@ -43,7 +43,7 @@ def attend_to_pack(
     """The attention function that transformers calls in every layer.
 
     Args:
-        module: The attention layer; its `is_causal` says whether a token sees those after it.
+        module: The attention layer; its `is_causal` says whether a token sees those after it, its `layer_idx` which one it is.
         query: Shape (1, heads, tokens, head_dim).
         key: Shape (1, key_value_heads, tokens, head_dim).
         value: Same shape as `key`.
@@ -59,12 +59,22 @@ def attend_to_pack(
     """
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     rows = [states[0].transpose(0, 1) for states in (query, key, value)]
+    rows[1:] = _with_kept(pack, module, rows[1], rows[2])
     attend = attention_for(query.device, query.dtype, query.shape[-1])
     window = None if sliding_window is None or sliding_window >= pack.longest_k else sliding_window
     output = attend(
         rows[0], rows[1], rows[2], pack, scaling, bool(getattr(module, "is_causal", False)), window, softcap
     )
     return output[None], None
+
+
+def _with_kept(pack: Pack, module: nn.Module, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Keeps the prefixes that later packs go on with, and puts those of earlier packs behind the keys and values."""
+    layer: Any = getattr(module, "layer_idx", None)
+    for group, prefix in pack.keep:
+        rows = slice(prefix.start, prefix.stop)
+        pack.keeper.put(group, layer, key[rows], value[rows])
+    return pack.kept.behind(pack.read, layer, key, value) if pack.read else (key, value)
 
 
 @cache
@@ -117,8 +127,8 @@ def _grouped(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor,
         Queries of shape (key_value_heads, group, tokens, head_dim), keys and values of shape (key_value_heads, 1, tokens,
         head_dim).
     """
-    tokens, kv_heads, head_dim = key.shape
-    queries = query.view(tokens, kv_heads, -1, head_dim).permute(1, 2, 0, 3)
+    _, kv_heads, head_dim = key.shape
+    queries = query.view(len(query), kv_heads, -1, head_dim).permute(1, 2, 0, 3)
     return queries, key.transpose(0, 1)[:, None], value.transpose(0, 1)[:, None]
 
 

@@ -38,6 +38,14 @@ def available_devices() -> list[str]:
     return [*found, "cpu"]
 
 
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that are free on a CUDA device; None elsewhere, where memory is not the device's own."""
+    if device.type != "cuda":
+        return None
+    free, _ = torch.cuda.mem_get_info(device)
+    return int(free)
+
+
 def choose_precision(dtype: str, device: torch.device, *, float16_is_safe: bool) -> Precision:
     """Precision for `dtype` on `device`.
 

@@ -24,28 +24,21 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .checkpoint import Checkpoint
-from .device import Precision, choose_device, choose_precision
-from .families import Family, family_of
-from .linear import pays, rows_for
-from .packing import pack_sequences
+from .prefixes import Prefixes
 from .schedule import Job, Pair, Request, Schedule
-from .sequences import TokenSequence
+from .worker import Worker
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
     from ..settings import RerankSettings
+    from .families import Family
+    from .sequences import TokenSequence
 
 logger = logging.getLogger("bge_rerank_plugins")
 
-DEFAULT_BUDGET = {"cpu": 4096, "cuda": 16384}
-OTHER_BUDGET = 8192
 STOP_TIMEOUT = 30.0
 """Seconds that `close` waits for the pack that a worker is at."""
-
-PACKS_BEFORE_GROWTH = 32
-"""Packs that must fit after one did not, before the budget grows by an eighth."""
 
 # What distinguishes one loaded model from another. The rest is applied to scores afterwards.
 _NOT_LOADED = {"normalize", "show_progress", "long_passages"}
@@ -236,7 +229,7 @@ class Engine:
     def _work(self, index: int, device_name: str | None) -> None:
         """Life of a worker thread: load, then score packs until closed."""
         try:
-            worker = _Worker(self._settings, device_name)
+            worker = Worker(self._settings, device_name)
             self._report_loaded(index, worker.family)
             while pairs := self._next_pack(worker):
                 self._score(worker, pairs)
@@ -261,14 +254,15 @@ class Engine:
                 self.loaded.set_exception(EngineClosedError("the scorer is closed"))
         torch.cuda.empty_cache()  # does nothing where CUDA is not in use
 
-    def _next_pack(self, worker: _Worker) -> list[Pair]:
+    def _next_pack(self, worker: Worker) -> list[Pair]:
         """Waits for work. Empty when the engine is closed."""
         with self._changed:
             while not self._schedule and not self._closed and self._failure is None:
+                worker.kept = Prefixes()  # of requests that were cancelled
                 self._changed.wait()
             if self._closed or self._failure is not None:
                 return []
-            pairs = self._schedule.take(worker.budget)
+            pairs = self._schedule.take(worker.budget, worker.kept)
             self._admit()
             return pairs
 
@@ -279,11 +273,15 @@ class Engine:
             if future.set_running_or_notify_cancel():
                 future.set_result(None)
 
-    def _score(self, worker: _Worker, pairs: list[Pair]) -> None:
+    def _score(self, worker: Worker, pairs: list[Pair]) -> None:
         start = time.perf_counter()
         tokens = sum(len(pair.sequence) for pair in pairs)
         try:
-            scores = worker.score([pair.sequence for pair in pairs], pairs[0].request.cutoff_layers)
+            scores = worker.score(
+                [pair.sequence for pair in pairs],
+                pairs[0].request.cutoff_layers,
+                keep={pair.sequence.group for pair in pairs if pair.prefix_is_needed_again},
+            )
         except torch.OutOfMemoryError as error:
             with self._changed:
                 self._stats.out_of_memory += 1
@@ -326,39 +324,7 @@ class Engine:
             _fail(request, failure)
 
 
-class _Worker:
-    """What one worker thread owns: a device, a family loaded on it, a token budget."""
-
-    def __init__(self, settings: RerankSettings, device_name: str | None) -> None:
-        self.device = choose_device(device_name)
-        checkpoint = Checkpoint.from_settings(settings)
-        kind = family_of(checkpoint)
-        self.precision: Precision = choose_precision(settings.dtype, self.device, float16_is_safe=kind.float16_is_safe)
-        self.family = kind.load(checkpoint, settings, self.device, self.precision.dtype)
-        self.budget = settings.max_batch_tokens or DEFAULT_BUDGET.get(self.device.type, OTHER_BUDGET)
-        self._full_budget = self.budget
-        few_sizes = self.device.type == "cpu" and pays(self.precision.dtype)
-        self._rows_for: Callable[[int], int] = rows_for if few_sizes else int
-        self._fitted = 0
-
-    def score(self, sequences: Sequence[TokenSequence], cutoff_layers: tuple[int, ...]) -> list[Any]:
-        """Raw scores of one pack."""
-        with torch.inference_mode():
-            pack = pack_sequences(sequences, self.device, self._rows_for)
-            scores: list[Any] = self.family.forward(pack, cutoff_layers)[: len(sequences)].tolist()
-        self._fitted += 1
-        if self.budget < self._full_budget and self._fitted % PACKS_BEFORE_GROWTH == 0:
-            self.budget = min(self._full_budget, self.budget + max(1, self.budget // 8))
-        return scores
-
-    def shrink(self, tokens: int) -> None:
-        """Halves the budget after a pack of `tokens` did not fit."""
-        self.budget = max(1, min(self.budget, tokens) // 2)
-        self._fitted = 0
-        torch.cuda.empty_cache()
-
-
-def _record(pair: Pair, score: float | list[float], worker: _Worker) -> None:
+def _record(pair: Pair, score: float | list[float], worker: Worker) -> None:
     request = pair.request
     if request.finished:
         return
@@ -379,7 +345,7 @@ def _fail(request: Request, error: BaseException) -> None:
         request.future.set_exception(error)
 
 
-def _explained(error: torch.OutOfMemoryError, pair: Pair, worker: _Worker) -> Exception:
+def _explained(error: torch.OutOfMemoryError, pair: Pair, worker: Worker) -> Exception:
     explained = RuntimeError(
         f"out of memory on {worker.device}: one pair of {len(pair.sequence)} tokens does not fit; lower max_length"
     )

@@ -8,7 +8,7 @@ for any n up to 14.
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -81,6 +81,13 @@ class Pair(NamedTuple):
         """The pair's token ids."""
         return self.request.sequences[self.index]
 
+    @property
+    def prefix_is_needed_again(self) -> bool:
+        """Whether a pair that has not been handed out shares this one's prefix."""
+        request = self.request
+        waiting = request.sequences[request.taken] if request.taken < len(request.sequences) else None
+        return waiting is not None and bool(waiting.prefix) and waiting.group == self.sequence.group
+
 
 class Schedule:
     """The waiting requests. Not thread-safe: its owner holds a lock."""
@@ -107,10 +114,15 @@ class Schedule:
         self._forget_finished()
         return sum(r.tokens_left for r in self._waiting) + sum(len(pair.sequence) for pair in self._returned)
 
-    def take(self, budget: int) -> list[Pair]:
-        """The pairs of the next pack: at most `budget` tokens, but never less than one pair if any waits."""
+    def take(self, budget: int, kept: Iterable[int] = ()) -> list[Pair]:
+        """The pairs of the next pack: at most `budget` tokens, but never less than one pair if any waits.
+
+        Args:
+            budget: Tokens of a pack.
+            kept: Groups whose prefixes need not be computed.
+        """
         self._forget_finished()
-        pack = _Filling(budget)
+        pack = _Filling(budget, kept)
         while self._returned and pack.add(self._returned[0]):
             self._returned.pop(0)
         if not self._returned and self._waiting:
@@ -148,12 +160,12 @@ class Schedule:
 class _Filling:
     """A pack in the making: pairs, and the tokens that they will take with every shared prefix counted once."""
 
-    def __init__(self, budget: int) -> None:
+    def __init__(self, budget: int, kept: Iterable[int]) -> None:
         self.budget = budget
         self.pairs: list[Pair] = []
         self.tokens = 0
         self.full = False
-        self._groups: set[int] = set()
+        self._groups = set(kept)
 
     def add(self, pair: Pair) -> bool:
         sequence = pair.sequence

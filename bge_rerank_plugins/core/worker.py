@@ -1,0 +1,96 @@
+"""What one worker thread of the engine owns: a device, a model on it, how much it takes at once, the prefixes it goes on with.
+
+Knows nothing of requests, queues or threads.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .checkpoint import Checkpoint
+from .device import Precision, choose_device, choose_precision, free_memory
+from .families import family_of
+from .linear import pays, rows_for
+from .packing import pack_sequences
+from .prefixes import Prefixes
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Sequence
+
+    from ..settings import RerankSettings
+    from .sequences import TokenSequence
+
+DEFAULT_BUDGET = {"cpu": 4096, "cuda": 16384}
+OTHER_BUDGET = 8192
+SMALLEST_BUDGET = 512
+
+PACKS_BEFORE_GROWTH = 32
+"""Packs that must fit after one did not, before the budget grows by an eighth."""
+
+
+class Worker:
+    """A device and a family loaded on it.
+
+    Args:
+        settings: What to load, and where.
+        device_name: The one of the settings' devices that is meant.
+
+    Attributes:
+        budget: Tokens of a pack.
+        kept: Prefixes that the last pack left for the next one.
+    """
+
+    def __init__(self, settings: RerankSettings, device_name: str | None) -> None:
+        self.device = choose_device(device_name)
+        checkpoint = Checkpoint.from_settings(settings)
+        kind = family_of(checkpoint)
+        self.precision: Precision = choose_precision(settings.dtype, self.device, float16_is_safe=kind.float16_is_safe)
+        self.family = kind.load(checkpoint, settings, self.device, self.precision.dtype)
+        usual = DEFAULT_BUDGET.get(self.device.type, OTHER_BUDGET)
+        free = free_memory(self.device)
+        fits = budget_within(usual, free, token_bytes(checkpoint.config, self.precision.dtype))
+        self.budget = settings.max_batch_tokens or fits
+        self._full_budget = self.budget
+        few_sizes = self.device.type == "cpu" and pays(self.precision.dtype)
+        self._rows_for: Callable[[int], int] = rows_for if few_sizes else int
+        self._fitted = 0
+        self.kept = Prefixes()
+
+    def score(
+        self, sequences: Sequence[TokenSequence], cutoff_layers: tuple[int, ...] = (), keep: Collection[int] = ()
+    ) -> list[Any]:
+        """Raw scores of one pack.
+
+        Args:
+            sequences: The pairs.
+            cutoff_layers: Layers to score after; empty for the one of the settings.
+            keep: Groups whose prefixes the next pack goes on with.
+        """
+        kept, self.kept = self.kept, Prefixes()  # gone if this pack fails
+        with torch.inference_mode():
+            pack = pack_sequences(sequences, self.device, self._rows_for, kept, keep)
+            scores: list[Any] = self.family.forward(pack, cutoff_layers)[: len(sequences)].tolist()
+        self.kept = pack.keeper
+        self._fitted += 1
+        if self.budget < self._full_budget and self._fitted % PACKS_BEFORE_GROWTH == 0:
+            self.budget = min(self._full_budget, self.budget + max(1, self.budget // 8))
+        return scores
+
+    def shrink(self, tokens: int) -> None:
+        """Halves the budget after a pack of `tokens` did not fit."""
+        self.budget = max(1, min(self.budget, tokens) // 2)
+        self._fitted = 0
+        torch.cuda.empty_cache()
+
+
+def token_bytes(config: dict[str, Any], dtype: torch.dtype) -> int:
+    """About what a token takes in a layer: the states around it, and those inside its feed-forward block."""
+    hidden = int(config["hidden_size"])
+    return (12 * hidden + 4 * int(config.get("intermediate_size") or 4 * hidden)) * dtype.itemsize
+
+
+def budget_within(usual: int, free: int | None, per_token: int) -> int:
+    """The usual budget, or what half of the free memory holds if that is less. `free` is None where nobody can tell."""
+    return usual if free is None else min(usual, max(SMALLEST_BUDGET, free // 2 // per_token))
