@@ -97,6 +97,42 @@ def test_scores_before_saving_are_those_after_loading(family: str, lora: bool, m
         assert scorer.score(QUERY, PASSAGES) == pytest.approx(before, abs=1e-4)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_dropout_can_be_set_and_is_not_saved(family: str, tmp_path: Path) -> None:
+    def spread(dropout: float | None) -> float:
+        """How much two passes in training differ."""
+        settings = FinetuneSettings(model=str(DATA / family), data="-", output_dir="-", lora=False, dropout=dropout)
+        trainee = trainee_of(settings).train()
+        batch = Collator(trainee.encoder())([Group(QUERY, PASSAGES)])
+        trainee.export(tmp_path / str(dropout))
+        with torch.no_grad():
+            return float((trainee(**batch) - trainee(**batch)).abs().max())
+
+    assert spread(0.0) == 0
+    assert spread(0.5) > 1e-3
+    configs = [json.loads((tmp_path / name / "config.json").read_text()) for name in ("0.0", "0.5")]
+    assert configs[0] == configs[1]
+
+
+def test_lines_with_a_prompt_are_named_where_a_cross_encoder_does_not_use_it(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    lines = [line | {"prompt": PROMPT} for line in toy_lines(4, 0)]
+    data = write_lines(tmp_path / "train.jsonl", lines)
+    finetune(
+        FinetuneSettings(
+            model=str(DATA / "encoder"), data=data, output_dir=str(tmp_path / "out"), held_out=0, max_steps=1
+        )
+    )
+    assert "4 lines have a prompt" in caplog.text
+    caplog.clear()
+    settings = FinetuneSettings(
+        model=str(DATA / "decoder"), data=data, output_dir=str(tmp_path / "llm"), held_out=0, max_steps=1
+    )
+    finetune(settings)
+    assert "prompt" not in caplog.text
+
+
 def test_every_layer_of_a_layerwise_model_is_scored_as_it_was_trained(tmp_path: Path) -> None:
     settings = FinetuneSettings(model=str(DATA / "layerwise"), data="-", output_dir="-", lora=False, start_layer=5)
     trainee = trainee_of(settings).eval()

@@ -67,6 +67,7 @@ class Trainee(nn.Module, ABC):
         network: The transformers model, or the PEFT model around it.
         uses_lora: Whether only an adapter is trained, and the head if it is new or a layerwise model's.
         heads: What each score of a pair is called, the last one the model's own.
+        has_prompt: Whether the family puts a question behind the passage.
 
     Raises:
         ValueError: A checkpoint that cannot be trained, or options that do not fit it.
@@ -76,6 +77,7 @@ class Trainee(nn.Module, ABC):
     lora_targets: ClassVar[tuple[str, ...]] = ("q_proj", "k_proj", "v_proj", "o_proj")
     lora_task: ClassVar[str | None] = "CAUSAL_LM"
     trained_whole: tuple[str, ...] = ()
+    has_prompt: ClassVar[bool] = True
 
     def __init__(self, checkpoint: TrainingCheckpoint, settings: FinetuneSettings) -> None:
         super().__init__()
@@ -85,6 +87,8 @@ class Trainee(nn.Module, ABC):
         self.uses_lora = self.lora_by_default if settings.lora is None else settings.lora
         half = settings.bf16 and self.uses_lora  # what is frozen needs no more
         self.network: Any = self._load(torch.bfloat16 if half else torch.float32).requires_grad_(True)
+        if settings.dropout is not None:
+            _set_dropout(self.network, settings.dropout)
         if settings.gradient_checkpointing:
             recompute = "activation" if hasattr(self.network, "activation_checkpointing_enable") else "gradient"
             getattr(self.network, f"{recompute}_checkpointing_enable")({"use_reentrant": False})
@@ -222,6 +226,7 @@ class EncoderTrainee(Trainee):
     lora_by_default = False
     lora_targets = ("query", "key", "value", "dense")
     lora_task = "SEQ_CLS"  # which trains and saves the classifier whole
+    has_prompt = False
 
     def _load(self, dtype: torch.dtype) -> Any:
         if self.settings.prompt is not None:
@@ -355,6 +360,15 @@ def trainee_of(settings: FinetuneSettings) -> Trainee:
     """
     checkpoint = checkpoint_of(settings)
     return TRAINEES[family_of(checkpoint).name](checkpoint, settings)
+
+
+def _set_dropout(network: nn.Module, rate: float) -> None:
+    """Sets the rate of all dropout in a transformers model; its config, which is saved, keeps the checkpoint's."""
+    for module in network.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = rate
+        if hasattr(module, "attention_dropout"):
+            setattr(module, "attention_dropout", rate)  # noqa: B010  # of a type that modules do not declare
 
 
 def _rows(hidden: Tensor, last_rows: Tensor) -> Tensor:

@@ -112,6 +112,12 @@ class FinetuneSettings(BaseModel):
         default=1.0, gt=0, description="The teacher's scores are divided by this before their softmax."
     )
 
+    dropout: float | None = Field(
+        default=None,
+        ge=0,
+        lt=1,
+        description="Dropout inside the model while it is trained. By default the checkpoint's own.",
+    )
     num_train_epochs: float = Field(default=1.0, gt=0, description="Passes over the data.")
     max_steps: int | None = Field(default=None, ge=1, description="So many optimizer steps, instead of whole passes.")
     learning_rate: float | None = Field(

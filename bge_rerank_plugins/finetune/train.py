@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import logging
 import math
 import os
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ from .settings import TRAINING_ARGUMENTS, FinetuneSettings
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
+
+logger = logging.getLogger("bge_rerank_plugins")
 
 SETTINGS_FILE = "finetune.json"
 PLOT_FILE = "training.png"
@@ -78,6 +81,8 @@ def finetune(settings: FinetuneSettings) -> FinetuneResult:
 
     transformers.set_seed(settings.seed)
     trainee = trainee_of(settings)
+    if not trainee.has_prompt and (prompts := sum(example.prompt is not None for example in training)):
+        logger.warning("%d lines have a prompt, which %r does not use: it is a cross-encoder", prompts, settings.model)
     collator = Collator(trainee.encoder(), settings.teacher_temperature)
     collator([groups[0]])  # lengths that leave no room are found here, not after minutes
     learning_rate = settings.learning_rate or LEARNING_RATES[trainee.uses_lora]
