@@ -87,6 +87,11 @@ def attention_for(device: torch.device, dtype: torch.dtype, head_dim: int) -> At
     return _attend_padded
 
 
+def is_one_kernel(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+    """Whether attention is a single kernel that reads what it needs of a pack from the device's memory."""
+    return attention_for(device, dtype, head_dim) is _attend_varlen
+
+
 def _has_varlen(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
     try:
         importlib.import_module("torch.nn.attention.varlen")

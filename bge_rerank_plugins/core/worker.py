@@ -12,6 +12,7 @@ import torch
 from .checkpoint import Checkpoint
 from .device import Precision, choose_device, choose_precision, free_memory
 from .families import family_of
+from .graphs import graphs_for
 from .linear import pays, rows_for
 from .packing import pack_sequences
 from .prefixes import Prefixes
@@ -56,6 +57,7 @@ class Worker:
         few_sizes = self.device.type == "cpu" and pays(self.precision.dtype)
         self._rows_for: Callable[[int], int] = rows_for if few_sizes else int
         self._fitted = 0
+        self._graphs = graphs_for(self.family, checkpoint.config, self.device, self.precision.dtype)
         self.kept = Prefixes()
 
     def score(
@@ -70,9 +72,12 @@ class Worker:
         """
         kept, self.kept = self.kept, Prefixes()  # gone if this pack fails
         with torch.inference_mode():
-            pack = pack_sequences(sequences, self.device, self._rows_for, kept, keep)
-            scores: list[Any] = self.family.forward(pack, cutoff_layers)[: len(sequences)].tolist()
-        self.kept = pack.keeper
+            found = None if self._graphs is None else self._graphs.score(sequences)
+            if found is None:
+                pack = pack_sequences(sequences, self.device, self._rows_for, kept, keep)
+                found = self.family.forward(pack, cutoff_layers)[: len(sequences)]
+                self.kept = pack.keeper
+            scores: list[Any] = found.tolist()
         self._fitted += 1
         if self.budget < self._full_budget and self._fitted % PACKS_BEFORE_GROWTH == 0:
             self.budget = min(self._full_budget, self.budget + max(1, self.budget // 8))

@@ -1,0 +1,177 @@
+"""Small packs of cross-encoders on CUDA, replayed as graphs: one launch instead of one for every kernel of every layer.
+
+A graph computes on a buffer that never moves, so a pack is filled up to one of few sizes and its numbers are copied there. It
+is captured when a pack of its size first comes, and compared with the plain forward pass on that pack; where that fails, for
+whatever reason, there are no graphs any more. All but capture and replay is the same on a CPU, where the tests run it. Knows
+nothing of requests or text.
+"""
+
+from __future__ import annotations
+
+import logging
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from .attention import is_one_kernel
+from .packing import Pack, Segment, pack_sequences
+from .sequences import TokenSequence
+
+if TYPE_CHECKING:
+    from .families import Family
+
+logger = logging.getLogger("bge_rerank_plugins")
+
+SIZES = (64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096)
+"""Tokens of the packs that have a graph; larger ones keep a GPU busy without."""
+
+SEQUENCES = 128
+"""Sequences that a graph has room for."""
+
+TOLERANCE = 0.02
+"""How far a graph's scores may be from the plain ones, of the largest of them; half precision rounds sizes differently."""
+
+Run = Callable[[Tensor], Tensor]
+"""From the numbers of a pack, in one buffer, to its scores."""
+
+
+def graphs_for(family: Family, config: dict[str, Any], device: torch.device, dtype: torch.dtype) -> Graphs | None:
+    """Graphs where they can be used: a cross-encoder, whose packs have no prefixes, with attention in one kernel."""
+    if device.type != "cuda" or family.name != "encoder":
+        return None
+    head_dim = int(config["hidden_size"]) // int(config["num_attention_heads"])
+    return Graphs(family, device, _Recorder(device)) if is_one_kernel(device, dtype, head_dim) else None
+
+
+class Graphs:
+    """The graphs of one loaded cross-encoder.
+
+    Args:
+        family: The cross-encoder.
+        device: Where it is.
+        record: Makes of a computation on a buffer, and that buffer, something that repeats it.
+    """
+
+    def __init__(self, family: Family, device: torch.device, record: Callable[[Run, Tensor], Run]) -> None:
+        self._family = family
+        self._device = device
+        self._record = record
+        self._longest = min(family.max_length, SIZES[-1])
+        self._segments: tuple[Segment, ...] = ()
+        self._replays: dict[int, tuple[Tensor, Run]] = {}
+        self._failed = False
+
+    def score(self, sequences: Sequence[TokenSequence]) -> Tensor | None:
+        """Raw scores of a pack, shape (sequences,); None if it is none for a graph."""
+        tokens = sum(map(len, sequences))
+        if self._failed or tokens > SIZES[-1]:
+            return None
+        size = SIZES[bisect_left(SIZES, tokens)]
+        filled = [*sequences, *self._fillers(size - tokens)]
+        if len(filled) > SEQUENCES:
+            return None
+        pack = pack_sequences(filled)
+        self._segments = pack.segments
+        numbers = _numbers_of(pack, size)
+        if self._device.type == "cuda":
+            numbers = numbers.pin_memory()
+        if size not in self._replays and not self._capture(size, numbers):
+            return None
+        buffer, replay = self._replays[size]
+        buffer.copy_(numbers, non_blocking=True)
+        return replay(buffer)[: len(sequences)]
+
+    def _fillers(self, missing: int) -> Iterator[TokenSequence]:
+        while missing > 0:
+            length = min(missing, self._longest)
+            yield TokenSequence([0] * length, position_ids=[0] * length)
+            missing -= length
+
+    def _capture(self, size: int, numbers: Tensor) -> bool:
+        """Captures the graph of a size; whether it computes what the plain forward pass does."""
+        buffer = numbers.to(self._device)
+
+        def run(numbers: Tensor) -> Tensor:
+            return self._family.forward(self._pack(numbers, size))
+
+        try:
+            expected = run(buffer)
+            replay = self._record(run, buffer)
+            got = replay(buffer)
+            count = len(self._segments)
+            difference = float((got - expected)[:count].abs().max() / expected[:count].abs().max())
+            if not difference <= TOLERANCE:
+                raise ValueError(f"its scores are off by {difference:.2g} of the largest")
+        except Exception as error:
+            logger.warning("no CUDA graphs, small packs take longer: %s", error, exc_info=True)
+            self._failed = True
+            self._replays.clear()
+            return False
+        self._replays[size] = buffer, replay
+        return True
+
+    def _pack(self, numbers: Tensor, size: int) -> Pack:
+        """The pack whose numbers stand in a buffer. No size in it depends on them, and nothing waits for the device."""
+        ids, positions, types, first_rows, last_rows, bounds = torch.split(
+            numbers, [size, size, size, SEQUENCES, SEQUENCES, SEQUENCES + 1]
+        )
+        cu_seqlens = bounds.to(torch.int32)
+        return Pack(
+            input_ids=ids,
+            position_ids=positions,
+            token_type_ids=types,
+            segments=self._segments,
+            first_rows=first_rows,
+            last_rows=last_rows,
+            cu_seqlens_q=cu_seqlens,
+            cu_seqlens_k=cu_seqlens,
+            key_rows=None,
+            longest_q=min(size, self._longest),
+            longest_k=min(size, self._longest),
+        )
+
+
+def _numbers_of(pack: Pack, size: int) -> Tensor:
+    """All that a forward pass reads of a pack, in one tensor. Sequences that are not there are empty and stand at the end."""
+    missing = SEQUENCES - len(pack.first_rows)
+    types = torch.zeros_like(pack.input_ids) if pack.token_type_ids is None else pack.token_type_ids
+    return torch.cat(
+        [
+            pack.input_ids,
+            pack.position_ids,
+            types,
+            pad(pack.first_rows, (0, missing)),
+            pad(pack.last_rows, (0, missing)),
+            pad(pack.cu_seqlens_q.to(torch.int64), (0, missing), value=size),
+        ]
+    )
+
+
+class _Recorder:
+    """Captures CUDA graphs, which share their memory: they run one after another."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._pool: Any = torch.cuda.graph_pool_handle()
+
+    def __call__(self, run: Run, buffer: Tensor) -> Run:
+        with torch.cuda.device(self._device):
+            aside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+            aside.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(aside):  # what libraries set up at first use must not be captured
+                run(buffer)
+                run(buffer)
+            torch.cuda.current_stream().wait_stream(aside)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+                scores = run(buffer)
+
+        def replay(_: Tensor) -> Tensor:
+            graph.replay()
+            return scores
+
+        return replay

@@ -1,0 +1,131 @@
+"""Packs filled up to a few sizes, as CUDA graphs need them, on a CPU: the same scores. The graphs themselves need a GPU."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from conftest import DATA
+from torch import Tensor
+
+from bge_rerank_plugins import Scorer
+from bge_rerank_plugins.core.checkpoint import Checkpoint
+from bge_rerank_plugins.core.families import family_of
+from bge_rerank_plugins.core.graphs import SEQUENCES, SIZES, Graphs, Run, graphs_for
+from bge_rerank_plugins.core.packing import pack_sequences
+from bge_rerank_plugins.settings import RerankSettings
+
+CPU = torch.device("cpu")
+ENCODERS = sorted(path.name for path in DATA.iterdir() if path.name.startswith("encoder"))
+
+
+@pytest.fixture(params=ENCODERS)
+def family(request: pytest.FixtureRequest) -> Iterator[Any]:
+    settings = RerankSettings(model=str(DATA / request.param))
+    checkpoint = Checkpoint.from_settings(settings)
+    with torch.inference_mode():
+        yield family_of(checkpoint).load(checkpoint, settings, CPU, torch.float32)
+
+
+def again(run: Run, buffer: Tensor) -> Run:
+    """Repeats a computation by doing it again."""
+    return run
+
+
+def passages(count: int, words: int) -> list[str]:
+    return [" ".join(f"panda {i} bear".split() * (1 + (i * 7) % words)) for i in range(count)]
+
+
+def plain(family: Any, sequences: list[Any]) -> list[float]:
+    scores: list[float] = family.forward(pack_sequences(sequences)).tolist()
+    return scores
+
+
+@pytest.mark.parametrize(("count", "words"), [(1, 1), (3, 2), (20, 10), (60, 9), (SEQUENCES - 30, 2)])
+def test_a_pack_that_is_filled_up_has_the_scores_of_the_pack(family: Any, count: int, words: int) -> None:
+    graphs = Graphs(family, CPU, again)
+    sequences = family.encode("what is a panda?", passages(count, words))
+    assert sum(map(len, sequences)) not in SIZES
+    for part in (sequences, sequences[::-1]):  # the second time on the same buffer
+        scores = graphs.score(part)
+        assert scores is not None
+        assert scores.tolist() == pytest.approx(plain(family, part), abs=1e-5)
+
+
+def test_a_size_is_recorded_once(family: Any) -> None:
+    recorded: list[int] = []
+
+    def record(run: Run, buffer: Tensor) -> Run:
+        recorded.append(len(buffer))
+        return run
+
+    graphs = Graphs(family, CPU, record)
+    for count in (1, 2, 3, 30, 31, 1, 30):
+        graphs.score(family.encode("panda", passages(count, 3)))
+    assert len(recorded) == len(set(recorded)) <= 3
+
+
+def test_what_does_not_fit_is_left_to_the_plain_forward_pass(family: Any) -> None:
+    graphs = Graphs(family, CPU, again)
+    assert graphs.score(family.encode("panda", ["a"] * (SEQUENCES + 1))) is None
+    sequences = family.encode("panda", ["panda " * 400] * (1 + SIZES[-1] // 100))
+    assert sum(map(len, sequences)) > SIZES[-1]
+    assert graphs.score(sequences) is None
+
+
+def failing(run: Run, buffer: Tensor) -> Run:
+    raise RuntimeError("operation not permitted when stream is capturing")
+
+
+def wrong(run: Run, buffer: Tensor) -> Run:
+    return lambda numbers: run(numbers) + 1e3
+
+
+def broken(run: Run, buffer: Tensor) -> Run:
+    return lambda numbers: run(numbers) * torch.nan
+
+
+@pytest.mark.parametrize("record", [failing, wrong, broken])
+def test_graphs_that_fail_are_given_up_with_a_warning(
+    record: Any, family: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    graphs = Graphs(family, CPU, record)
+    sequences = family.encode("panda", passages(5, 3))
+    assert [graphs.score(sequences), graphs.score(sequences)] == [None, None]
+    assert len([r for r in caplog.records if "no CUDA graphs" in r.getMessage()]) == 1
+
+
+def test_a_worker_that_has_graphs_scores_with_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through the engine, small packs and large ones in turns."""
+    model = str(DATA / ENCODERS[0])
+    texts = passages(200, 12)
+    with Scorer(model) as scorer:
+        expected = scorer.score("panda", texts), scorer.score("panda", texts[:9])
+    made: list[Graphs] = []
+
+    def graphs(family: Any, *_: object) -> Graphs:
+        made.append(Graphs(family, CPU, again))
+        return made[0]
+
+    monkeypatch.setattr("bge_rerank_plugins.core.worker.graphs_for", graphs)
+    with Scorer(model, local_files_only=True) as scorer:
+        for _ in range(2):
+            assert scorer.score("panda", texts) == pytest.approx(expected[0], abs=1e-5)
+            assert scorer.score("panda", texts[:9]) == pytest.approx(expected[1], abs=1e-5)
+    assert made[0]._replays
+
+
+def test_there_are_none_on_a_cpu(family: Any) -> None:
+    assert graphs_for(family, {"hidden_size": 64, "num_attention_heads": 4}, CPU, torch.bfloat16) is None
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="graphs run on CUDA only")
+def test_graphs_on_cuda_have_the_scores_of_the_plain_forward_pass() -> None:
+    with Scorer(str(DATA / ENCODERS[0]), device="cuda", dtype="bfloat16") as scorer:
+        texts = passages(60, 5)
+        worker = scorer._lease.acquired().loaded.result()
+        scores = [scorer.score("panda", texts[:count]) for count in (3, 20, 60, 3, 20, 60)]
+        assert scores[:3] == scores[3:]
+        with torch.inference_mode():
+            expected = worker.forward(pack_sequences(worker.encode("panda", texts), "cuda")).tolist()
+        assert scores[2] == pytest.approx(expected, abs=0.05 * max(map(abs, expected)))
