@@ -121,6 +121,7 @@ def test_a_query_of_an_llm_reranker_is_computed_once_for_all_packs_of_its_reques
         assert parts.score(query, passages) == pytest.approx(expected, abs=1e-5)
         assert len(sizes) > 4
         once = sequences[0].prefix + sum(len(sequence) - sequence.prefix for sequence in sequences)
+        assert parts.stats()["mean_fill"] <= 1
         # What did not fit was computed in vain, and the prefix again after it.
         assert sum(sizes) == once + sizes[2] + sequences[0].prefix
 

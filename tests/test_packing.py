@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bge_rerank_plugins.core.packing import pack_sequences
-from bge_rerank_plugins.core.sequences import TokenSequence
+from bge_rerank_plugins.core.sequences import TokenSequence, computed_tokens
 
 ids = st.lists(st.integers(0, 99), min_size=1, max_size=9)
 
@@ -33,6 +33,8 @@ def test_a_shared_prefix_stands_once_and_every_sequence_reads_its_own_keys(
     ]
     pack = pack_sequences(sequences)
     assert len(pack) == sum(len(prefix) + sum(map(len, rests)) for prefix, rests in requests)
+    assert len(pack) == computed_tokens(sequences)
+    assert computed_tokens(sequences, kept=[0]) == len(pack) - len(requests[0][0])
     assert pack.key_rows is not None
     keys = [
         rows.tolist() for rows in pack.input_ids[pack.key_rows].split(pack.cu_seqlens_k.diff().tolist())

@@ -26,6 +26,7 @@ import torch
 
 from .prefixes import Prefixes
 from .schedule import Job, Pair, Request, Schedule
+from .sequences import computed_tokens
 from .worker import Worker
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ class EngineStats:
         pairs: Pairs that were scored.
         tokens: Their tokens, shared prefixes counted for each.
         packs: Packs that were computed.
-        fill: Sum over the packs of the share of the budget that their tokens are.
+        fill: Sum over the packs of the share of the budget that their tokens are, shared prefixes counted once.
         out_of_memory: Packs that did not fit and were tried again.
         truncated: Passages that were cut to fit.
         queued_tokens: Tokens that wait.
@@ -275,10 +276,11 @@ class Engine:
 
     def _score(self, worker: Worker, pairs: list[Pair]) -> None:
         start = time.perf_counter()
-        tokens = sum(len(pair.sequence) for pair in pairs)
+        sequences = [pair.sequence for pair in pairs]
+        tokens = computed_tokens(sequences, worker.kept)
         try:
             scores = worker.score(
-                [pair.sequence for pair in pairs],
+                sequences,
                 pairs[0].request.cutoff_layers,
                 keep={pair.sequence.group for pair in pairs if pair.prefix_is_needed_again},
             )
@@ -304,7 +306,7 @@ class Engine:
         with self._changed:
             self._stats.packs += 1
             self._stats.pairs += len(pairs)
-            self._stats.tokens += tokens
+            self._stats.tokens += sum(map(len, sequences))
             self._stats.device_seconds += time.perf_counter() - start
             self._stats.fill += tokens / worker.budget
             for pair, score in zip(pairs, scores, strict=True):

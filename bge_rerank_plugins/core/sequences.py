@@ -1,5 +1,6 @@
 """Token ids of one query-passage pair: what families make of text, and packs are made of. Knows nothing of torch."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 
@@ -25,6 +26,16 @@ class TokenSequence:
 
     def __len__(self) -> int:
         return len(self.input_ids)
+
+
+def computed_tokens(sequences: Iterable[TokenSequence], kept: Iterable[int] = ()) -> int:
+    """Tokens that a pack of these sequences computes: every shared prefix once, and those of the groups in `kept` not at all."""
+    known, tokens = set(kept), 0
+    for sequence in sequences:
+        shared = bool(sequence.prefix) and sequence.group in known
+        tokens += len(sequence) - (sequence.prefix if shared else 0)
+        known.add(sequence.group)
+    return tokens
 
 
 PUBLISHED_LENGTH = 1024
