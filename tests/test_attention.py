@@ -23,8 +23,10 @@ SHARED = pack_sequences(
     ]
 )
 UNSHARED = pack_sequences([TokenSequence(list(range(n))) for n in (5, 1, 17, 8)])
+LONG = pack_sequences([TokenSequence(list(range(n))) for n in (40, 3, 64, 33, 1, 47, 9)])
 CASES = [
     pytest.param(UNSHARED, False, None, None, id="encoder"),
+    pytest.param(LONG, False, None, None, id="long"),
     pytest.param(UNSHARED, True, None, None, id="causal"),
     pytest.param(SHARED, True, None, None, id="shared-prefix"),
     pytest.param(SHARED, True, 3, None, id="sliding-window"),

@@ -114,15 +114,36 @@ def _attend_segments(
     """One product per segment, by SDPA or in explicit steps, whichever is faster for this precision on this processor."""
     output = torch.empty_like(query)
     query, key, value = _grouped(query, key, value)
-    attend = _segment_by_sdpa if softcap is None and _sdpa_is_faster(query.dtype) else _segment_in_steps
+    by_sdpa = softcap is None and _sdpa_is_faster(query.dtype)
+    attend = _segment_by_sdpa if by_sdpa else _segment_in_steps
+    widened = by_sdpa and query.dtype == torch.bfloat16 and not causal and window is None
     for start, stop, prefix_start, prefix_stop in pack.segments:
         q, k, v = (states[:, :, start:stop] for states in (query, key, value))
+        wide = start + -(-(stop - start) // KEYS_AT_ONCE) * KEYS_AT_ONCE
         if prefix_stop > prefix_start:
             k = torch.cat([key[:, :, prefix_start:prefix_stop], k], dim=2)
             v = torch.cat([value[:, :, prefix_start:prefix_stop], v], dim=2)
-        segment = attend(q, k, v, scaling, causal, window, softcap)
+            segment = attend(q, k, v, scaling, causal, window, softcap)
+        elif widened and stop < wide <= len(output):
+            k, v = (states[:, :, start:wide] for states in (key, value))
+            segment = _by_sdpa(q, k, v, scaling, _beyond(stop - start, wide - start, q.dtype))
+        else:
+            segment = attend(q, k, v, scaling, causal, window, softcap)
         output[start:stop] = segment.flatten(0, 1).transpose(0, 1)
     return output
+
+
+KEYS_AT_ONCE = 32
+"""Keys that AMX multiplies at a time. Over a number of them that is no multiple SDPA takes up to twice as long, so that a
+segment is given some of those that stand behind it, with weights of 0: in bfloat16, whose states no text makes infinite."""
+
+
+@lru_cache(maxsize=1024)
+def _beyond(own: int, keys: int, dtype: torch.dtype) -> Tensor:
+    """What to add to the products of keys that are not the segment's own: -infinity. Shape (1, keys)."""
+    bias = torch.zeros(1, keys, dtype=dtype)
+    bias[:, own:] = -torch.inf
+    return bias
 
 
 def _grouped(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -146,13 +167,17 @@ def _sdpa_is_faster(dtype: torch.dtype) -> bool:
 def _segment_by_sdpa(
     q: Tensor, k: Tensor, v: Tensor, scaling: float, causal: bool, window: int | None, softcap: float | None
 ) -> Tensor:
+    whole = causal and window is None and q.shape[2] == k.shape[2]
+    mask = None if whole else _bias(q.shape[2], k.shape[2], causal, window, q.dtype, q.device)
+    return _by_sdpa(q, k, v, scaling, mask, is_causal=whole)
+
+
+def _by_sdpa(q: Tensor, k: Tensor, v: Tensor, scaling: float, mask: Tensor | None, is_causal: bool = False) -> Tensor:
     if q.shape[0] == 1 or q.shape[1] > 1:
         k, v = (states.expand(-1, q.shape[1], -1, -1) for states in (k, v))
     else:  # as many key heads as heads: all in one batch
         q, k, v = (states.transpose(0, 1) for states in (q, k, v))
-    whole = causal and window is None and q.shape[2] == k.shape[2]
-    mask = None if whole else _bias(q.shape[2], k.shape[2], causal, window, q.dtype, q.device)
-    return scaled_dot_product_attention(q, k, v, mask, is_causal=whole, scale=scaling)
+    return scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal, scale=scaling)
 
 
 def _segment_in_steps(
