@@ -27,7 +27,7 @@ import torch
 from .prefixes import Prefixes
 from .schedule import Job, Pair, Request, Schedule
 from .sequences import computed_tokens
-from .worker import Worker
+from .worker import Pending, Worker
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -232,8 +232,7 @@ class Engine:
         try:
             worker = Worker(self._settings, device_name)
             self._report_loaded(index, worker.family)
-            while pairs := self._next_pack(worker):
-                self._score(worker, pairs)
+            self._run(worker)
         except BaseException as error:  # whatever it is, nobody may wait for a thread that is gone
             self._die(error)
         finally:
@@ -255,13 +254,35 @@ class Engine:
                 self.loaded.set_exception(EngineClosedError("the scorer is closed"))
         torch.cuda.empty_cache()  # does nothing where CUDA is not in use
 
-    def _next_pack(self, worker: Worker) -> list[Pair]:
-        """Waits for work. Empty when the engine is closed."""
+    def _run(self, worker: Worker) -> None:
+        """Scores packs until the engine is closed.
+
+        Where the device computes aside, the next pack is laid and sent while it does, so that it need not wait for Python.
+        """
+        flying: _Flight | None = None
+        started: _Flight | None = None
+        try:
+            while (pairs := self._next_pack(worker, wait=flying is None)) or flying is not None:
+                started = self._start(worker, pairs, alone=flying is None) if pairs else None
+                if flying is not None:
+                    self._finish(worker, flying)
+                flying, started = started, None
+                if flying is not None and not worker.computes_aside:
+                    self._finish(worker, flying)
+                    flying = None
+        except BaseException as error:
+            for flight in (flying, started):  # nobody else knows of them any more
+                if flight is not None:
+                    _fail_all(flight.pairs, error)
+            raise
+
+    def _next_pack(self, worker: Worker, *, wait: bool) -> list[Pair]:
+        """The next pack. Empty when the engine is closed, or when nothing waits and the caller does not want to, either."""
         with self._changed:
-            while not self._schedule and not self._closed and self._failure is None:
+            while wait and not self._schedule and not self._closed and self._failure is None:
                 worker.kept = Prefixes()  # of requests that were cancelled
                 self._changed.wait()
-            if self._closed or self._failure is not None:
+            if self._closed or self._failure is not None or not self._schedule:
                 return []
             pairs = self._schedule.take(worker.budget, worker.kept)
             self._admit()
@@ -274,12 +295,16 @@ class Engine:
             if future.set_running_or_notify_cancel():
                 future.set_result(None)
 
-    def _score(self, worker: Worker, pairs: list[Pair]) -> None:
+    def _start(self, worker: Worker, pairs: list[Pair], *, alone: bool) -> _Flight | None:
+        """Has the worker's device compute a pack, `alone` on it or beside another one.
+
+        None if that failed; the pairs wait again, or those who asked for them have been told.
+        """
         start = time.perf_counter()
         sequences = [pair.sequence for pair in pairs]
         tokens = computed_tokens(sequences, worker.kept)
         try:
-            scores = worker.score(
+            pending = worker.start(
                 sequences,
                 pairs[0].request.cutoff_layers,
                 keep={pair.sequence.group for pair in pairs if pair.prefix_is_needed_again},
@@ -288,29 +313,38 @@ class Engine:
             with self._changed:
                 self._stats.out_of_memory += 1
             logger.warning("out of memory on %s with %d tokens at once; going on with less", worker.device, tokens)
-            if len(pairs) > 1:
-                worker.shrink(tokens)
-                with self._changed:
-                    self._schedule.put_back(pairs)
-            else:
+            if alone and len(pairs) == 1:
                 _fail(pairs[0].request, _explained(error, pairs[0], worker))
-            return
+                return None
+            if alone:
+                worker.shrink(tokens)
+            with self._changed:
+                self._schedule.put_back(pairs)
+            return None
         except BaseException as error:
-            for request in {pair.request.arrival: pair.request for pair in pairs}.values():
-                failure = RuntimeError(f"scoring failed: {error}")
-                failure.__cause__ = error
-                _fail(request, failure)
+            _fail_all(pairs, error)
             if not isinstance(error, Exception):
                 raise  # the thread is meant to end
+            return None
+        return _Flight(pairs, pending, start, tokens)
+
+    def _finish(self, worker: Worker, flight: _Flight) -> None:
+        """Waits for a pack and gives its scores to those who asked for them."""
+        try:
+            scores = worker.finish(flight.pending)
+        except Exception as error:
+            _fail_all(flight.pairs, error)
             return
+        now = time.perf_counter()
         with self._changed:
             self._stats.packs += 1
-            self._stats.pairs += len(pairs)
-            self._stats.tokens += sum(map(len, sequences))
-            self._stats.device_seconds += time.perf_counter() - start
-            self._stats.fill += tokens / worker.budget
-            for pair, score in zip(pairs, scores, strict=True):
+            self._stats.pairs += len(flight.pairs)
+            self._stats.tokens += sum(len(pair.sequence) for pair in flight.pairs)
+            self._stats.device_seconds += now - max(flight.start, worker.last_finish)
+            self._stats.fill += flight.tokens / worker.budget
+            for pair, score in zip(flight.pairs, scores, strict=True):
                 _record(pair, score, worker)
+        worker.last_finish = now
 
     def _die(self, error: BaseException) -> None:
         with self._changed:
@@ -324,6 +358,23 @@ class Engine:
             failure = RuntimeError(f"the scoring thread has died: {error!r}")
             failure.__cause__ = error
             _fail(request, failure)
+
+
+@dataclass(frozen=True)
+class _Flight:
+    """A pack that a device is at.
+
+    Attributes:
+        pairs: What it scores.
+        pending: The scores to come.
+        start: When it was begun, by `time.perf_counter`.
+        tokens: How many are computed.
+    """
+
+    pairs: list[Pair]
+    pending: Pending
+    start: float
+    tokens: int
 
 
 def _record(pair: Pair, score: float | list[float], worker: Worker) -> None:
@@ -345,6 +396,14 @@ def _record(pair: Pair, score: float | list[float], worker: Worker) -> None:
 def _fail(request: Request, error: BaseException) -> None:
     if not request.finished and request.future.set_running_or_notify_cancel():
         request.future.set_exception(error)
+
+
+def _fail_all(pairs: Sequence[Pair], error: BaseException) -> None:
+    """Fails the requests that pairs belong to."""
+    for request in {pair.request.arrival: pair.request for pair in pairs}.values():
+        failure = RuntimeError(f"scoring failed: {error}")
+        failure.__cause__ = error
+        _fail(request, failure)
 
 
 def _explained(error: torch.OutOfMemoryError, pair: Pair, worker: Worker) -> Exception:

@@ -3,8 +3,8 @@
 A caller's job comes in one request or several. Every pack is filled from all waiting requests: an eighth of it is kept for
 the job that has waited longest, so that a long one always moves; the rest goes to the jobs with the fewest pairs left, so
 that a short one is not held up by a long one. A job of n packs that arrives during a longer one therefore waits for the pack
-that is running, and then takes 8/7 of n packs at most while it is the shortest: at most three packs' time more than alone,
-for any n up to 14.
+that is running, and on a GPU for the next one too, which has been sent there already; then it takes 8/7 of n packs at most while
+it is the shortest: at most three packs' time more than alone, for any n up to 7 (14 on a CPU).
 """
 
 import itertools

@@ -5,9 +5,11 @@ Knows nothing of requests, queues or threads.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from .checkpoint import Checkpoint
 from .device import Precision, choose_device, choose_precision, free_memory
@@ -31,6 +33,19 @@ PACKS_BEFORE_GROWTH = 32
 """Packs that must fit after one did not, before the budget grows by an eighth."""
 
 
+@dataclass(frozen=True)
+class Pending:
+    """Scores that a device is at, or has done.
+
+    Attributes:
+        scores: In the host's memory, once `copied` has happened. Shape (sequences,) or (sequences, cutoff_layers).
+        copied: When they are there; None if they are.
+    """
+
+    scores: Tensor
+    copied: Any = None
+
+
 class Worker:
     """A device and a family loaded on it.
 
@@ -40,7 +55,9 @@ class Worker:
 
     Attributes:
         budget: Tokens of a pack.
+        computes_aside: Whether the device computes while this thread goes on.
         kept: Prefixes that the last pack left for the next one.
+        last_finish: When the last pack was finished, by `time.perf_counter`; 0 before the first.
     """
 
     def __init__(self, settings: RerankSettings, device_name: str | None) -> None:
@@ -57,13 +74,15 @@ class Worker:
         few_sizes = self.device.type == "cpu" and pays(self.precision.dtype)
         self._rows_for: Callable[[int], int] = rows_for if few_sizes else int
         self._fitted = 0
+        self.computes_aside = self.device.type == "cuda"
         self._graphs = graphs_for(self.family, checkpoint.config, self.device, self.precision.dtype)
         self.kept = Prefixes()
+        self.last_finish = 0.0
 
-    def score(
+    def start(
         self, sequences: Sequence[TokenSequence], cutoff_layers: tuple[int, ...] = (), keep: Collection[int] = ()
-    ) -> list[Any]:
-        """Raw scores of one pack.
+    ) -> Pending:
+        """Has the device compute the raw scores of one pack; does not wait for it where it computes aside.
 
         Args:
             sequences: The pairs.
@@ -77,7 +96,19 @@ class Worker:
                 pack = pack_sequences(sequences, self.device, self._rows_for, kept, keep)
                 found = self.family.forward(pack, cutoff_layers)[: len(sequences)]
                 self.kept = pack.keeper
-            scores: list[Any] = found.tolist()
+            if self.device.type != "cuda":
+                return Pending(found.cpu())
+            # Sent before anything else is asked of the device: who waits for this pack must not wait for the next.
+            copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            scores = found.to("cpu", non_blocking=True)
+            copied.record(torch.cuda.current_stream(self.device))
+            return Pending(scores, copied)
+
+    def finish(self, pending: Pending) -> list[Any]:
+        """Waits for the raw scores of a pack."""
+        if pending.copied is not None:
+            pending.copied.synchronize()
+        scores: list[Any] = pending.scores.tolist()
         self._fitted += 1
         if self.budget < self._full_budget and self._fitted % PACKS_BEFORE_GROWTH == 0:
             self.budget = min(self._full_budget, self.budget + max(1, self.budget // 8))

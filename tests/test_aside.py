@@ -1,0 +1,173 @@
+"""A device that computes while its thread goes on, as CUDA does, played by the CPU: the next pack is sent before the last one is
+read, and everything that holds without that holds with it."""
+
+import asyncio
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+from conftest import DATA
+
+from bge_rerank_plugins import Scorer
+from bge_rerank_plugins.core.worker import Pending, Worker
+
+ENCODER, DECODER = str(DATA / "encoder"), str(DATA / "decoder")
+QUERY = "what is a panda?"
+PASSAGES = [f"panda number {i} in Sichuan " * (1 + i % 5) for i in range(60)]
+
+
+@pytest.fixture(params=[ENCODER, DECODER])
+def expected(request: pytest.FixtureRequest) -> tuple[str, list[float]]:
+    with Scorer(request.param) as scorer:
+        return request.param, scorer.score(QUERY, PASSAGES)
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Makes workers compute aside; what they are asked, in order."""
+    calls: list[str] = []
+    init, start, finish = Worker.__init__, Worker.start, Worker.finish
+
+    def aside(self: Worker, *arguments: Any) -> None:
+        init(self, *arguments)
+        self.computes_aside = True
+
+    def counted_start(self: Worker, *arguments: Any, **options: Any) -> Pending:
+        calls.append("start")
+        return start(self, *arguments, **options)
+
+    def counted_finish(self: Worker, pending: Pending) -> list[Any]:
+        calls.append("finish")
+        return finish(self, pending)
+
+    monkeypatch.setattr(Worker, "__init__", aside)
+    monkeypatch.setattr(Worker, "start", counted_start)
+    monkeypatch.setattr(Worker, "finish", counted_finish)
+    return calls
+
+
+def small(model: str) -> Scorer:
+    """A scorer of many packs, on an engine of its own."""
+    scorer = Scorer(model, max_batch_tokens=300, local_files_only=True)
+    scorer.warmup()
+    return scorer
+
+
+def test_the_next_pack_is_sent_before_the_last_is_read(expected: tuple[str, list[float]], calls: list[str]) -> None:
+    model, scores = expected
+    with small(model) as scorer:
+        calls.clear()
+        assert scorer.score(QUERY, PASSAGES) == pytest.approx(scores, abs=1e-5)
+        assert scorer.stats()["queued_tokens"] == 0
+    packs = calls.count("start")
+    assert packs > 5
+    assert calls == ["start", *["start", "finish"] * (packs - 1), "finish"]
+
+
+def test_on_a_cpu_every_pack_is_read_before_the_next(expected: tuple[str, list[float]], calls: list[str]) -> None:
+    model, scores = expected
+    with small(model) as scorer:
+        assert scorer.score(QUERY, PASSAGES[:1]) == pytest.approx(scores[:1], abs=1e-5), "one pack is not held back"
+        assert calls[-1] == "finish"
+
+
+def test_many_callers_get_their_own_scores(expected: tuple[str, list[float]], calls: list[str]) -> None:
+    model, scores = expected
+    with small(model) as scorer, ThreadPoolExecutor(8) as pool:
+
+        def ask(first: int) -> list[float]:
+            return scorer.score(QUERY, PASSAGES[first::7])
+
+        for first, got in zip([*range(7)] * 5, pool.map(ask, [*range(7)] * 5), strict=True):
+            assert got == pytest.approx(scores[first::7], abs=1e-5)
+
+        async def cancelled() -> list[float]:
+            call = asyncio.ensure_future(scorer.ascore(QUERY, PASSAGES))
+            await asyncio.sleep(0.01)
+            call.cancel()
+            return await scorer.ascore(QUERY, PASSAGES[:5])
+
+        assert asyncio.run(cancelled()) == pytest.approx(scores[:5], abs=1e-5)
+
+
+@pytest.mark.parametrize("where", ["start", "finish"])
+@pytest.mark.usefixtures("calls")
+def test_a_pack_that_fails_fails_its_requests_alone(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    sound = getattr(Worker, where)
+    failures = iter([False, True])
+
+    def fails_once(self: Worker, *arguments: Any, **options: Any) -> Any:
+        if next(failures, False):
+            raise KeyError("a bug")
+        return sound(self, *arguments, **options)
+
+    with small(ENCODER) as scorer:
+        monkeypatch.setattr(Worker, where, fails_once)
+        with pytest.raises(RuntimeError, match="scoring failed: 'a bug'"):
+            scorer.score(QUERY, PASSAGES)
+        assert len(scorer.score(QUERY, PASSAGES)) == len(PASSAGES)
+
+
+@pytest.mark.usefixtures("calls")
+def test_a_pack_that_does_not_fit_beside_another_is_tried_alone_and_then_halved(
+    expected: tuple[str, list[float]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, scores = expected
+    start, count = Worker.start, iter(range(1000))
+
+    def too_much(self: Worker, *arguments: Any, **options: Any) -> Pending:
+        if next(count) in (2, 3):
+            raise torch.OutOfMemoryError("injected")
+        return start(self, *arguments, **options)
+
+    with small(model) as scorer:
+        monkeypatch.setattr(Worker, "start", too_much)
+        assert scorer.score(QUERY, PASSAGES) == pytest.approx(scores, abs=1e-5)
+        assert scorer.stats()["out_of_memory"] == 2
+
+
+@pytest.mark.parametrize("where", ["start", "finish"])
+@pytest.mark.usefixtures("calls")
+def test_a_worker_that_dies_leaves_nobody_waiting(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither those whose pack was sent and not read, nor those behind them."""
+    sound, count = getattr(Worker, where), iter(range(1000))
+
+    def dies(self: Worker, *arguments: Any, **options: Any) -> Any:
+        if next(count) == 2:
+            raise SystemExit("the worker is gone")
+        return sound(self, *arguments, **options)
+
+    scorer = small(ENCODER)
+    monkeypatch.setattr(Worker, where, dies)
+    outcomes: list[str] = []
+
+    def ask() -> None:
+        try:
+            scorer.score(QUERY, PASSAGES)
+            outcomes.append("scored")
+        except RuntimeError as error:
+            outcomes.append(str(error))
+
+    threads = [threading.Thread(target=ask) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=30)
+    monkeypatch.setattr(Worker, where, sound)
+    assert len(outcomes) == 6
+    assert any("the worker is gone" in outcome for outcome in outcomes)
+    assert len(scorer.score(QUERY, PASSAGES)) == len(PASSAGES)
+    scorer.close()
+
+
+@pytest.mark.usefixtures("calls")
+def test_closing_tells_those_who_wait_and_ends_the_thread() -> None:
+    scorer = small(ENCODER)
+    with ThreadPoolExecutor(4) as pool:
+        calls = [pool.submit(scorer.score, QUERY, PASSAGES * 20) for _ in range(4)]
+        scorer.close()
+        for call in calls:
+            with pytest.raises(RuntimeError):
+                call.result(timeout=30)
