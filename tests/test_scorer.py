@@ -301,7 +301,9 @@ print([worker.is_alive() for worker in workers])
 def test_a_forked_child_is_told_that_the_model_cannot_follow(encoder_dir: str) -> None:
     program = f"""
 import os
+import torch
 from bge_rerank_plugins import Scorer
+torch.set_num_threads(2)  # with one thread a child could load it anew
 scorer = Scorer({encoder_dir!r})
 scorer.warmup()
 child = os.fork()
