@@ -36,6 +36,7 @@ def plot_training(history: Sequence[dict[str, Any]], path: Path) -> bool:
     measured.set_ylim(0, 1.02)
     lines = [*losses.get_lines(), *measured.get_lines()]
     if lines:
-        losses.legend(lines, [str(line.get_label()) for line in lines], loc="center right")
+        labels = [str(line.get_label()) for line in lines]
+        figure.legend(lines, labels, loc="outside upper center", ncols=len(lines), frameon=False)  # covers no curve
     figure.savefig(path, dpi=120)
     return True
