@@ -266,3 +266,29 @@ def test_the_same_seed_gives_the_same_run_and_another_one_another(tmp_path: Path
     assert losses("again", 0) == first
     assert losses("other", 1) != pytest.approx(first, abs=1e-3)
     assert losses("bf16", 0) == pytest.approx(first, rel=0.1)
+
+
+def test_two_processes_train_as_one_with_twice_the_batch(tmp_path: Path) -> None:
+    data = write_lines(tmp_path / "train.jsonl", toy_lines(40, 0))
+    common = ["-m", "bge_rerank_plugins", "finetune", str(DATA / "decoder"), "--data", data, "--no-lora", "--use-cpu"]
+    common += ["--train-group-size=4", "--max-steps=4", "--logging-steps=1", "--learning-rate=1e-3", "--held-out=0.1"]
+    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+    environment |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    two = [
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node=2",
+        *common,
+        "--per-device-train-batch-size=2",
+    ]
+    one = [*common, "--per-device-train-batch-size=4"]
+    for name, arguments in (("two", two), ("one", one)):
+        command = [sys.executable, "-W", "ignore", *arguments, "--output-dir", str(tmp_path / name)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False, env=environment)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("Scorer(") == 1, "said once, by the first process"
+    assert logged(tmp_path / "two", "loss") == pytest.approx(logged(tmp_path / "one", "loss"), abs=1e-5)
+    assert logged(tmp_path / "two", "eval_mrr") == logged(tmp_path / "one", "eval_mrr")
+    with Scorer(str(tmp_path / "two")) as two_scorer, Scorer(str(tmp_path / "one")) as one_scorer:
+        assert two_scorer.score(QUERY, PASSAGES) == pytest.approx(one_scorer.score(QUERY, PASSAGES), abs=1e-3)
