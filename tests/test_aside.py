@@ -111,21 +111,31 @@ def test_a_pack_that_fails_fails_its_requests_alone(where: str, monkeypatch: pyt
 
 
 @pytest.mark.usefixtures("calls")
-def test_a_pack_that_does_not_fit_beside_another_is_tried_alone_and_then_halved(
+def test_what_does_not_fit_beside_another_pack_is_tried_alone(
     expected: tuple[str, list[float]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, scores = expected
-    start, count = Worker.start, iter(range(1000))
+    start, count, flying = Worker.start, iter(range(1000)), 0
+    finish = Worker.finish
 
-    def too_much(self: Worker, *arguments: Any, **options: Any) -> Pending:
-        if next(count) in (2, 3):
+    def too_much(self: Worker, sequences: Any, *arguments: Any, **options: Any) -> Pending:
+        nonlocal flying
+        number = next(count)
+        if number == 2 or (len(sequences) == 1 and flying):
             raise torch.OutOfMemoryError("injected")
-        return start(self, *arguments, **options)
+        flying += 1
+        return start(self, sequences, *arguments, **options)
+
+    def landed(self: Worker, pending: Pending) -> list[Any]:
+        nonlocal flying
+        flying -= 1
+        return finish(self, pending)
 
     with small(model) as scorer:
         monkeypatch.setattr(Worker, "start", too_much)
+        monkeypatch.setattr(Worker, "finish", landed)
         assert scorer.score(QUERY, PASSAGES) == pytest.approx(scores, abs=1e-5)
-        assert scorer.stats()["out_of_memory"] == 2
+        assert scorer.stats()["out_of_memory"] > 1
 
 
 @pytest.mark.parametrize("where", ["start", "finish"])

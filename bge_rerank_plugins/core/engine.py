@@ -313,11 +313,11 @@ class Engine:
             with self._changed:
                 self._stats.out_of_memory += 1
             logger.warning("out of memory on %s with %d tokens at once; going on with less", worker.device, tokens)
-            if alone and len(pairs) == 1:
+            if len(pairs) > 1:
+                worker.shrink(tokens)
+            elif alone:
                 _fail(pairs[0].request, _explained(error, pairs[0], worker))
                 return None
-            if alone:
-                worker.shrink(tokens)
             with self._changed:
                 self._schedule.put_back(pairs)
             return None
