@@ -26,7 +26,8 @@ class RerankSettings(BaseModel):
 
     model: str = Field(
         description="Hub id, such as BAAI/bge-reranker-v2-m3, or local directory of the checkpoint; "
-        "'embedded' is the small demo model of the extra 'demo'.",
+        "'embedded' is the small demo model of the extra 'demo', 'embedded-decoder' and 'embedded-layerwise' are tiny LLM "
+        "rerankers.",
         min_length=1,
     )
     device: str | list[str] | None = Field(

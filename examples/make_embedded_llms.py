@@ -14,7 +14,8 @@ are printed as they are run:
 
 Without the first, on nothing but docstrings, none was seen to learn anything in thousands of steps. Most of what it teaches
 depends on a token knowing whether it stands in the query or in the passage, which is laid into the first weights (`marking`).
-`evaluate_embedded.py --models made/embedded-decoder` measures what came of it.
+`bge-rerank eval standard-library --models made/embedded-decoder --max-length 64 --query-max-length 20` measures what came
+of it.
 """
 
 import argparse
@@ -90,7 +91,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--per-package", type=int, default=1500, help="at most so many pairs of one package")
     parser.add_argument("--negatives", type=int, default=3, help="mined for each query; the others are drawn at random")
-    parser.add_argument("--scored", type=int, default=6000, help="queries whose passages the embedded encoder scores")
+    parser.add_argument("--scored", type=int, default=3000, help="queries whose passages the embedded encoder scores")
     parser.add_argument("--steps", type=int, nargs=3, default=[700, 1500, 1500], help="of each training")
     parser.add_argument("--only", choices=MAKERS, nargs="+", help="train only this; both by default")
     parser.add_argument("--seed", type=int, default=0)
@@ -232,7 +233,18 @@ def write_data(pairs: list[Pair], options: argparse.Namespace) -> None:
     some = folder / "mined-first.jsonl"
     lines = mined.read_text(encoding="utf-8").splitlines(keepends=True)
     some.write_text("".join(lines[: options.scored]), encoding="utf-8")
-    run("distill", some, "--output", folder / "scored.jsonl", "--model", "embedded", "--max-length", 112)
+    run(
+        "distill",
+        some,
+        "--output",
+        folder / "scored.jsonl",
+        "--model",
+        "embedded",
+        "--max-length",
+        112,
+        "--dtype",
+        "fast",
+    )
 
 
 def train(name: str, options: argparse.Namespace) -> None:
@@ -261,7 +273,10 @@ def train(name: str, options: argparse.Namespace) -> None:
     shipped.mkdir()
     weights = {key: tensor.to(torch.bfloat16) for key, tensor in load_file(before / "model.safetensors").items()}
     save_file(weights, shipped / "model.safetensors", metadata={"format": "pt"})
-    for file in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+    config = json.loads((before / "config.json").read_text())
+    config |= {key: "bfloat16" for key in ("dtype", "torch_dtype") if key in config}
+    (shipped / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    for file in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(before / file, shipped / file)
     log(f"{shipped}: {sum(path.stat().st_size for path in shipped.iterdir()) / 1e6:.1f} MB")
 

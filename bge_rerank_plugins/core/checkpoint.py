@@ -60,11 +60,13 @@ class Checkpoint:
 
     @classmethod
     def from_settings(cls, settings: RerankSettings) -> Self:
-        """The checkpoint that the settings name; "embedded" is the demo model."""
-        model, peft_path = settings.model, settings.peft_path
-        if model == "embedded":
-            from ..models import embedded_adapter, embedded_base
+        """The checkpoint that the settings name; "embedded" and its like are the demo models."""
+        from ..models import EMBEDDED_LLMS, embedded_adapter, embedded_base, embedded_llm
 
+        model, peft_path = settings.model, settings.peft_path
+        if model in EMBEDDED_LLMS:
+            model = str(embedded_llm(model))
+        if model == "embedded":
             if peft_path is not None:
                 raise ValueError(
                     f"peft_path={peft_path!r}: the model 'embedded' is itself an adapter on its base model"

