@@ -5,7 +5,7 @@
 
 The first sentence of a docstring is the query, its name and the rest the passage; the negatives are what BM25 ranks
 highest besides it. The docstrings are those of installed packages, read without importing them. Nothing that the
-standard library says is trained on, as that is what the demo searches and `evaluate_embedded.py` tests.
+standard library says is trained on, as that is what the demo searches and `bge-rerank eval standard-library` measures on.
 Needs a C++ compiler, for `torch.compile`.
 """
 

@@ -30,7 +30,12 @@ def printed(notebook: nbformat.NotebookNode) -> str:
 
 
 def test_there_are_notebooks() -> None:
-    assert {path.stem for path in NOTEBOOKS} >= {"langchain_rag", "llama_index_rag", "choose_a_model"}
+    assert {path.stem for path in NOTEBOOKS} >= {
+        "langchain_rag",
+        "llama_index_rag",
+        "choose_a_model",
+        "finetune_on_your_data",
+    }
 
 
 @names
