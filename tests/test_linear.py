@@ -71,12 +71,12 @@ def test_products_have_few_sizes_and_little_to_spare(rows: int) -> None:
 
 def test_scores_do_not_depend_on_what_fills_a_pack_up(encoder_dir: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from bge_rerank_plugins import Scorer
-    from bge_rerank_plugins.core import engine
+    from bge_rerank_plugins.core import worker
 
     passages = ["", "panda", "the giant panda " * 9]
     scores = []
     for filled in (True, False):
-        monkeypatch.setattr(engine, "pays", lambda dtype, filled=filled: filled)
+        monkeypatch.setattr(worker, "pays", lambda dtype, filled=filled: filled)
         with Scorer(encoder_dir, max_queued_tokens=10_000 + filled) as scorer:
             scores.append(scorer.score("a bear", passages))
     assert scores[0] == pytest.approx(scores[1], abs=1e-5)
