@@ -12,7 +12,7 @@ are printed as they are run:
 3. on docstrings beside those that BM25 ranks high (`bge-rerank mine`), learning from the embedded encoder's scores, too
    (`bge-rerank distill`).
 
-Without the first, on nothing but docstrings, none was seen to learn anything in thousands of steps. Most of what it teaches
+Without the first, on nothing but docstrings, none was seen to learn anything in hundreds of steps. Most of what it teaches
 depends on a token knowing whether it stands in the query or in the passage, which is laid into the first weights (`marking`).
 `bge-rerank eval standard-library --models made/embedded-decoder --max-length 64 --query-max-length 20` measures what came
 of it.
