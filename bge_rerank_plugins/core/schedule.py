@@ -171,13 +171,11 @@ class _Filling:
         sequence = pair.sequence
         if self.pairs and pair.request.cutoff_layers != self.pairs[0].request.cutoff_layers:
             return False  # another request may still fit
-        shared = sequence.prefix if sequence.prefix and sequence.group in self._groups else 0
-        cost = len(sequence) - shared
+        cost = sequence.tokens_beside(self._groups)
         if self.pairs and self.tokens + cost > self.budget:
             self.full = True
             return False
         self.pairs.append(pair)
         self.tokens += cost
-        if sequence.prefix:
-            self._groups.add(sequence.group)
+        self._groups.add(sequence.group)
         return True

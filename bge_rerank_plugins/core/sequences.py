@@ -1,6 +1,6 @@
 """Token ids of one query-passage pair: what families make of text, and packs are made of. Knows nothing of torch."""
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 
@@ -27,13 +27,16 @@ class TokenSequence:
     def __len__(self) -> int:
         return len(self.input_ids)
 
+    def tokens_beside(self, groups: Collection[int]) -> int:
+        """Tokens that remain to be computed where the prefixes of these groups are there already."""
+        return len(self) - (self.prefix if self.group in groups else 0)
+
 
 def computed_tokens(sequences: Iterable[TokenSequence], kept: Iterable[int] = ()) -> int:
     """Tokens that a pack of these sequences computes: every shared prefix once, and those of the groups in `kept` not at all."""
     known, tokens = set(kept), 0
     for sequence in sequences:
-        shared = bool(sequence.prefix) and sequence.group in known
-        tokens += len(sequence) - (sequence.prefix if shared else 0)
+        tokens += sequence.tokens_beside(known)
         known.add(sequence.group)
     return tokens
 
