@@ -121,7 +121,7 @@ def forward_in_packs(family: Family, packs: list[list[TokenSequence]]) -> tuple[
         with torch.inference_mode():
             pack = pack_sequences(sequences, kept=kept, keep=keep)
             scores += family.forward(pack).tolist()
-        kept = pack.keeper
+        kept = pack.carried.after
         tokens += len(pack)
     assert list(kept) == []
     return scores, tokens

@@ -59,22 +59,13 @@ def attend_to_pack(
     """
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     rows = [states[0].transpose(0, 1) for states in (query, key, value)]
-    rows[1:] = _with_kept(pack, module, rows[1], rows[2])
+    rows[1:] = pack.carried.carry(getattr(module, "layer_idx", 0), rows[1], rows[2])
     attend = attention_for(query.device, query.dtype, query.shape[-1])
     window = None if sliding_window is None or sliding_window >= pack.longest_k else sliding_window
     output = attend(
         rows[0], rows[1], rows[2], pack, scaling, bool(getattr(module, "is_causal", False)), window, softcap
     )
     return output[None], None
-
-
-def _with_kept(pack: Pack, module: nn.Module, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    """Keeps the prefixes that later packs go on with, and puts those of earlier packs behind the keys and values."""
-    layer: Any = getattr(module, "layer_idx", None)
-    for group, prefix in pack.keep:
-        rows = slice(prefix.start, prefix.stop)
-        pack.keeper.put(group, layer, key[rows], value[rows])
-    return pack.kept.behind(pack.read, layer, key, value) if pack.read else (key, value)
 
 
 @cache

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .prefixes import Prefixes
+from .prefixes import Carried, Prefixes
 from .sequences import TokenSequence
 
 
@@ -46,10 +46,7 @@ class Pack:
         key_rows: Row of each key, to gather them; None where no prefix is shared and the keys are the rows themselves.
         longest_q: Most rows of a segment.
         longest_k: Most keys of a segment.
-        kept: Keys and values of prefixes from earlier packs.
-        read: Groups whose kept prefixes stand behind the pack's own keys, in this order.
-        keep: Segments of prefixes that later packs go on with, and their groups.
-        keeper: Where they are put.
+        carried: What it shares with the packs before and after it.
     """
 
     input_ids: Tensor
@@ -63,10 +60,7 @@ class Pack:
     key_rows: Tensor | None
     longest_q: int
     longest_k: int
-    kept: Prefixes = field(default_factory=Prefixes)
-    read: tuple[int, ...] = ()
-    keep: tuple[tuple[int, Segment], ...] = ()
-    keeper: Prefixes = field(default_factory=Prefixes)
+    carried: Carried = field(default_factory=Carried)
 
     def __len__(self) -> int:
         """Number of tokens that are computed."""
@@ -88,7 +82,7 @@ def pack_sequences(
         rows_for: The number of tokens that a pack of so many is filled up to, for devices that want few sizes. What fills it
             stands behind all others as a sequence of its own, which nobody asked for.
         kept: Prefixes from earlier packs, which are not laid again.
-        keep: Groups whose prefixes later packs go on with; those among them that this pack has are put into its `keeper`.
+        keep: Groups whose prefixes later packs go on with; those among them that this pack has are left in `carried.after`.
     """
     kept = Prefixes() if kept is None else kept
     laid = _Laid(kept)
@@ -114,8 +108,7 @@ def pack_sequences(
         "key_rows": key_rows or [],
     }
     on_device = _in_one_copy(columns, torch.device(device))
-    keeper = Prefixes()
-    keeper.take_over(kept, keep)
+    own = tuple((group, slice(*rows[:2])) for group, rows in laid.prefixes.items() if group in keep)
     return Pack(
         input_ids=on_device["input_ids"],
         position_ids=on_device["position_ids"],
@@ -128,10 +121,7 @@ def pack_sequences(
         key_rows=on_device["key_rows"] if key_rows is not None else None,
         longest_q=max((s.stop - s.start for s in segments), default=0),
         longest_k=max(key_counts, default=0),
-        kept=kept,
-        read=tuple(laid.read),
-        keep=tuple((group, prefix) for group, prefix in laid.prefixes.items() if group in keep),
-        keeper=keeper,
+        carried=Carried(kept, tuple(laid.read), kept.of(keep), own),
     )
 
 
@@ -158,8 +148,9 @@ class _Laid:
             self.read[sequence.group] = sequence.prefix
         elif sequence.prefix:
             if sequence.group not in self.prefixes:
-                self.prefixes[sequence.group] = Segment(*self._lay(sequence, 0, sequence.prefix))
-                self._parts.append((*self.prefixes[sequence.group][:2], None))
+                start, stop = self._lay(sequence, 0, sequence.prefix)
+                self.prefixes[sequence.group] = Segment(start, stop)
+                self._parts.append((start, stop, None))
             first = self.prefixes[sequence.group].start
         start, stop = self._lay(sequence, sequence.prefix, len(sequence))
         self._parts.append((start, stop, sequence.group if sequence.prefix else None))

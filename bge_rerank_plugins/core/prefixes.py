@@ -7,6 +7,7 @@ others. Knows nothing of engines or families: layers are told apart by their num
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -25,15 +26,42 @@ class Prefixes:
     def __contains__(self, group: int) -> bool:
         return group in self._states
 
-    def take_over(self, other: Prefixes, groups: Iterable[int]) -> None:
-        """Holds what another one holds of these groups, without a copy."""
-        self._states.update({group: other._states[group] for group in groups if group in other})
+    def of(self, groups: Iterable[int]) -> Prefixes:
+        """Those of some groups, as far as they are here, without a copy."""
+        chosen = Prefixes()
+        chosen._states = {group: self._states[group] for group in groups if group in self}
+        return chosen
 
     def put(self, group: int, layer: int, key: Tensor, value: Tensor) -> None:
         """Keeps a copy of a group's keys and values in a layer. Shapes (prefix, key_value_heads, head_dim)."""
         self._states.setdefault(group, {})[layer] = key.clone(), value.clone()
 
-    def behind(self, groups: Iterable[int], layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values of a layer with those of the groups' prefixes behind them, in the order of `groups`."""
-        kept = [self._states[group][layer] for group in groups]
-        return torch.cat([key, *(states[0] for states in kept)]), torch.cat([value, *(states[1] for states in kept)])
+    def get(self, group: int, layer: int) -> tuple[Tensor, Tensor]:
+        """A group's keys and values in a layer."""
+        return self._states[group][layer]
+
+
+@dataclass(frozen=True)
+class Carried:
+    """What a pack reads of the prefixes of earlier packs, and leaves of its own for later ones.
+
+    Attributes:
+        before: The prefixes of earlier packs.
+        read: Groups of them that stand behind the pack's own keys, in this order.
+        after: The prefixes for later packs, complete once every layer has been computed.
+        own: Groups of them whose prefixes stand in this pack, and their rows.
+    """
+
+    before: Prefixes = field(default_factory=Prefixes)
+    read: tuple[int, ...] = ()
+    after: Prefixes = field(default_factory=Prefixes)
+    own: tuple[tuple[int, slice], ...] = ()
+
+    def carry(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Keeps what later packs go on with of a layer, and puts what this one reads behind its keys and values."""
+        for group, rows in self.own:
+            self.after.put(group, layer, key[rows], value[rows])
+        if not self.read:
+            return key, value
+        keys, values = zip((key, value), *(self.before.get(group, layer) for group in self.read), strict=True)
+        return torch.cat(keys), torch.cat(values)

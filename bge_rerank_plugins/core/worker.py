@@ -95,7 +95,7 @@ class Worker:
             if found is None:
                 pack = pack_sequences(sequences, self.device, self._rows_for, kept, keep)
                 found = self.family.forward(pack, cutoff_layers)[: len(sequences)]
-                self.kept = pack.keeper
+                self.kept = pack.carried.after
             if self.device.type != "cuda":
                 return Pending(found.cpu())
             # Sent before anything else is asked of the device: who waits for this pack must not wait for the next.
