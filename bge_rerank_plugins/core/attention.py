@@ -111,14 +111,13 @@ def _attend_segments(
     for start, stop, prefix_start, prefix_stop in pack.segments:
         q, k, v = (states[:, :, start:stop] for states in (query, key, value))
         wide = start + -(-(stop - start) // KEYS_AT_ONCE) * KEYS_AT_ONCE
-        if prefix_stop > prefix_start:
-            k = torch.cat([key[:, :, prefix_start:prefix_stop], k], dim=2)
-            v = torch.cat([value[:, :, prefix_start:prefix_stop], v], dim=2)
-            segment = attend(q, k, v, scaling, causal, window, softcap)
-        elif widened and stop < wide <= len(output):
+        if widened and prefix_start == prefix_stop and stop < wide <= len(output):
             k, v = (states[:, :, start:wide] for states in (key, value))
             segment = _by_sdpa(q, k, v, scaling, _beyond(stop - start, wide - start, q.dtype))
         else:
+            if prefix_stop > prefix_start:
+                k = torch.cat([key[:, :, prefix_start:prefix_stop], k], dim=2)
+                v = torch.cat([value[:, :, prefix_start:prefix_stop], v], dim=2)
             segment = attend(q, k, v, scaling, causal, window, softcap)
         output[start:stop] = segment.flatten(0, 1).transpose(0, 1)
     return output
