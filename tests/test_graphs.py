@@ -12,7 +12,7 @@ from bge_rerank_plugins import Scorer
 from bge_rerank_plugins.core.checkpoint import Checkpoint
 from bge_rerank_plugins.core.families import family_of
 from bge_rerank_plugins.core.graphs import SEQUENCES, SIZES, Graphs, Run, graphs_for
-from bge_rerank_plugins.core.packing import pack_sequences
+from bge_rerank_plugins.core.packing import Pack, pack_sequences
 from bge_rerank_plugins.settings import RerankSettings
 
 CPU = torch.device("cpu")
@@ -93,6 +93,26 @@ def test_graphs_that_fail_are_given_up_with_a_warning(
     sequences = family.encode("panda", passages(5, 3))
     assert [graphs.score(sequences), graphs.score(sequences)] == [None, None]
     assert len([r for r in caplog.records if "no CUDA graphs" in r.getMessage()]) == 1
+
+
+def test_an_error_of_the_model_is_raised_and_leaves_the_graphs(
+    family: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Out of memory, above all: the engine then takes smaller packs, and those may have graphs again."""
+    graphs = Graphs(family, CPU, again)
+    sequences = family.encode("panda", passages(5, 3))
+
+    def full(pack: Pack) -> Tensor:
+        raise torch.OutOfMemoryError("injected")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(family, "forward", full)
+        with pytest.raises(torch.OutOfMemoryError):
+            graphs.score(sequences)
+    scores = graphs.score(sequences)
+    assert scores is not None
+    assert scores.tolist() == pytest.approx(plain(family, sequences), abs=1e-5)
+    assert not caplog.records
 
 
 def test_a_worker_that_has_graphs_scores_with_them(monkeypatch: pytest.MonkeyPatch) -> None:
