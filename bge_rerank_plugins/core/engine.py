@@ -13,17 +13,18 @@ goes on. If the worker itself dies, everyone who waits is told at once.
 from __future__ import annotations
 
 import logging
-import math
 import os
 import threading
 import time
 import weakref
+from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .outcome import caused_by, give_error, give_error_to_all, give_score
 from .prefixes import Prefixes
 from .schedule import Job, Pair, Request, Schedule
 from .sequences import computed_tokens
@@ -206,7 +207,7 @@ class Engine:
             self._admit()
             self._changed.notify_all()
         for request in waiting:
-            _fail(request, EngineClosedError("the scorer was closed before this request was scored"))
+            give_error(request, EngineClosedError("the scorer was closed before this request was scored"))
         self._tokenizer_thread.shutdown(wait=False, cancel_futures=True)
         for worker in self._workers:
             if wait and worker is not threading.current_thread():
@@ -259,21 +260,18 @@ class Engine:
 
         Where the device computes aside, the next pack is laid and sent while it does, so that it need not wait for Python.
         """
-        flying: _Flight | None = None
-        started: _Flight | None = None
+        flights: deque[_Flight] = deque()
         try:
-            while (pairs := self._next_pack(worker, wait=flying is None)) or flying is not None:
-                started = self._start(worker, pairs, alone=flying is None) if pairs else None
-                if flying is not None:
-                    self._finish(worker, flying)
-                flying, started = started, None
-                if flying is not None and not worker.computes_aside:
-                    self._finish(worker, flying)
-                    flying = None
-        except BaseException as error:
-            for flight in (flying, started):  # nobody else knows of them any more
+            while (pairs := self._next_pack(worker, wait=not flights)) or flights:
+                flight = self._start(worker, pairs, alone=not flights) if pairs else None
                 if flight is not None:
-                    _fail_all(flight.pairs, error)
+                    flights.append(flight)
+                if flights and (flight is None or len(flights) > worker.packs_ahead):
+                    self._finish(worker, flights[0])
+                    flights.popleft()
+        except BaseException as error:
+            for flight in flights:  # nobody else knows of them any more
+                give_error_to_all(flight.pairs, error)
             raise
 
     def _next_pack(self, worker: Worker, *, wait: bool) -> list[Pair]:
@@ -316,13 +314,14 @@ class Engine:
             if len(pairs) > 1:
                 worker.shrink(tokens)
             elif alone:
-                _fail(pairs[0].request, _explained(error, pairs[0], worker))
+                message = f"one pair of {len(pairs[0].sequence)} tokens does not fit; lower max_length"
+                give_error(pairs[0].request, caused_by(error, f"out of memory on {worker.device}: {message}"))
                 return None
             with self._changed:
                 self._schedule.put_back(pairs)
             return None
         except BaseException as error:
-            _fail_all(pairs, error)
+            give_error_to_all(pairs, error)
             if not isinstance(error, Exception):
                 raise  # the thread is meant to end
             return None
@@ -333,7 +332,7 @@ class Engine:
         try:
             scores = worker.finish(flight.pending)
         except Exception as error:
-            _fail_all(flight.pairs, error)
+            give_error_to_all(flight.pairs, error)
             return
         now = time.perf_counter()
         with self._changed:
@@ -343,7 +342,7 @@ class Engine:
             self._stats.device_seconds += now - max(flight.start, worker.last_finish)
             self._stats.fill += flight.tokens / worker.budget
             for pair, score in zip(flight.pairs, scores, strict=True):
-                _record(pair, score, worker)
+                give_score(pair, score, worker.precision.dtype)
         worker.last_finish = now
 
     def _die(self, error: BaseException) -> None:
@@ -355,9 +354,7 @@ class Engine:
                 self.loaded.set_exception(error)
             self._changed.notify_all()
         for request in waiting:
-            failure = RuntimeError(f"the scoring thread has died: {error!r}")
-            failure.__cause__ = error
-            _fail(request, failure)
+            give_error(request, caused_by(error, f"the scoring thread has died: {error!r}"))
 
 
 @dataclass(frozen=True)
@@ -375,40 +372,3 @@ class _Flight:
     pending: Pending
     start: float
     tokens: int
-
-
-def _record(pair: Pair, score: float | list[float], worker: Worker) -> None:
-    request = pair.request
-    if request.finished:
-        return
-    if not all(map(math.isfinite, score if isinstance(score, list) else [score])):
-        name = str(worker.precision.dtype).removeprefix("torch.")
-        better = "'bfloat16' or 'float32'" if name == "float16" else "'float32'"
-        cure = "its weights or its input overflow" if name == "float32" else f"use dtype={better}"
-        _fail(request, ValueError(f"the model's score of pair {pair.index} is {score} in {name}: {cure}"))
-        return
-    request.scores[pair.index] = score
-    request.unscored -= 1
-    if request.unscored == 0 and request.future.set_running_or_notify_cancel():
-        request.future.set_result(request.scores)
-
-
-def _fail(request: Request, error: BaseException) -> None:
-    if not request.finished and request.future.set_running_or_notify_cancel():
-        request.future.set_exception(error)
-
-
-def _fail_all(pairs: Sequence[Pair], error: BaseException) -> None:
-    """Fails the requests that pairs belong to."""
-    for request in {pair.request.arrival: pair.request for pair in pairs}.values():
-        failure = RuntimeError(f"scoring failed: {error}")
-        failure.__cause__ = error
-        _fail(request, failure)
-
-
-def _explained(error: torch.OutOfMemoryError, pair: Pair, worker: Worker) -> Exception:
-    explained = RuntimeError(
-        f"out of memory on {worker.device}: one pair of {len(pair.sequence)} tokens does not fit; lower max_length"
-    )
-    explained.__cause__ = error
-    return explained

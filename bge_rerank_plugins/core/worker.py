@@ -55,7 +55,7 @@ class Worker:
 
     Attributes:
         budget: Tokens of a pack.
-        computes_aside: Whether the device computes while this thread goes on.
+        packs_ahead: Packs that are worth sending before the last one is read; 0 where the device computes in this thread.
         kept: Prefixes that the last pack left for the next one.
         last_finish: When the last pack was finished, by `time.perf_counter`; 0 before the first.
     """
@@ -74,7 +74,7 @@ class Worker:
         few_sizes = self.device.type == "cpu" and pays(self.precision.dtype)
         self._rows_for: Callable[[int], int] = rows_for if few_sizes else int
         self._fitted = 0
-        self.computes_aside = self.device.type == "cuda"
+        self.packs_ahead = 1 if self.device.type == "cuda" else 0
         self._graphs = graphs_for(self.family, checkpoint.config, self.device, self.precision.dtype)
         self.kept = Prefixes()
         self.last_finish = 0.0

@@ -1,0 +1,52 @@
+"""How what became of a pack reaches those who asked for its pairs: their scores, or an error that says what caused it.
+
+Knows requests and pairs, not the queue that they come from or the device that they were scored on.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    import torch
+
+    from .schedule import Pair, Request
+
+
+def give_score(pair: Pair, score: float | list[float], dtype: torch.dtype) -> None:
+    """Records a pair's score; the request resolves with its last one, and fails with one that is not finite in `dtype`."""
+    request = pair.request
+    if request.finished:
+        return
+    if not all(map(math.isfinite, score if isinstance(score, list) else [score])):
+        name = str(dtype).removeprefix("torch.")
+        better = "'bfloat16' or 'float32'" if name == "float16" else "'float32'"
+        cure = "its weights or its input overflow" if name == "float32" else f"use dtype={better}"
+        give_error(request, ValueError(f"the model's score of pair {pair.index} is {score} in {name}: {cure}"))
+        return
+    request.scores[pair.index] = score
+    request.unscored -= 1
+    if request.unscored == 0 and request.future.set_running_or_notify_cancel():
+        request.future.set_result(request.scores)
+
+
+def give_error(request: Request, error: BaseException) -> None:
+    """Fails a request, unless it is finished."""
+    if not request.finished and request.future.set_running_or_notify_cancel():
+        request.future.set_exception(error)
+
+
+def give_error_to_all(pairs: Iterable[Pair], cause: BaseException) -> None:
+    """Fails the requests that pairs belong to, each with an error of its own."""
+    for request in {pair.request.arrival: pair.request for pair in pairs}.values():
+        give_error(request, caused_by(cause, f"scoring failed: {cause}"))
+
+
+def caused_by(cause: BaseException, message: str) -> RuntimeError:
+    """An error that is raised later, as if by `raise RuntimeError(message) from cause`."""
+    error = RuntimeError(message)
+    error.__cause__ = cause
+    return error
