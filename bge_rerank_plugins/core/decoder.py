@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from .gated import use_gated_blocks
+from .inplace import work_in_place
 from .packing import Pack
 from .prompt import Prompt
 from .sequences import TokenSequence
@@ -42,7 +42,7 @@ class Decoder:
         self.max_length = prompt.max_length
         self._prompt = prompt
         self._backbone: Any = model.base_model
-        use_gated_blocks(self._backbone)
+        work_in_place(self._backbone)
         self._answer_row = model.get_output_embeddings().weight[prompt.answer_id].float()
         self._softcap: float | None = getattr(model.config, "final_logit_softcapping", None)
 

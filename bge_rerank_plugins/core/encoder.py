@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel
-from transformers.activations import GELUActivation
 
 from .attention import attend_from_first_rows
+from .inplace import work_in_place
 from .linear import pack_linear_layers
 from .packing import Pack
 from .pairs import BERT, ROBERTA, PairEncoder, PairLayout
@@ -69,10 +69,8 @@ class Encoder:
         self._pairs = pairs
         backbone: Any = model.base_model
         pack_linear_layers(backbone.encoder)
+        work_in_place(backbone.encoder)
         layers = backbone.encoder.layer
-        for layer in layers:
-            if isinstance(layer.intermediate.intermediate_act_fn, GELUActivation):
-                layer.intermediate.intermediate_act_fn = _GELUInPlace()
         self._last_layer = layers[-1]
         backbone.encoder.layer = layers[:-1]
         self._backbone = backbone
@@ -131,14 +129,6 @@ class Encoder:
         return logits.view(-1)
 
 
-class _GELUInPlace(nn.Module):
-    """GELU over its input: a new tensor of that width would cost as much to allocate as the function to compute."""
-
-    def forward(self, states: Tensor) -> Tensor:
-        activated: Tensor = torch.ops.aten.gelu_(states)
-        return activated
-
-
 def _first_rows_after(layer: Any, hidden: Tensor, pack: Pack) -> Tensor:
     """The last layer, for the first token of each sequence only: nothing else is read after it.
 
@@ -164,7 +154,7 @@ def _first_rows_after(layer: Any, hidden: Tensor, pack: Pack) -> Tensor:
         attention.scaling,
     )
     attended = layer.attention.output(context.flatten(1), rows)
-    states: Tensor = layer.output(layer.intermediate(attended), attended)
+    states: Tensor = layer.feed_forward_chunk(attended)
     return states
 
 

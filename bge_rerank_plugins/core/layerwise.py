@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import GraniteConfig, GraniteModel
 from transformers.models.granite.modeling_granite import GranitePreTrainedModel
 
-from .gated import use_gated_blocks
+from .inplace import work_in_place
 from .packing import Pack
 from .prompt import Prompt
 from .sequences import TokenSequence
@@ -118,7 +118,7 @@ class Layerwise:
         model = self._load(top)
         self._top = top
         self._backbone: Any = model.model
-        use_gated_blocks(self._backbone)
+        work_in_place(self._backbone)
         self._heads = {
             layer: model.head_row(layer, self._prompt.answer_id).float() for layer in self.layers or () if layer <= top
         }

@@ -35,25 +35,6 @@ class PackedLinear(nn.Module):
         product: Tensor = torch.ops.mkldnn._linear_pointwise(states, self._weight, self._bias, *self._then)
         return product
 
-    def plus(self, states: Tensor, other: Tensor) -> Tensor:
-        """The product with the bias, added to `other` in the same pass."""
-        total: Tensor = torch.ops.mkldnn._linear_pointwise(states, other, self._weight, self._bias, "add")
-        return total
-
-
-class PackedResidual(nn.Module):
-    """The end of BERT's blocks: norm(dense(x) + residual), with the sum fused."""
-
-    def __init__(self, block: Any) -> None:
-        super().__init__()
-        self.dense = PackedLinear(block.dense)
-        self.norm = block.LayerNorm
-
-    def forward(self, states: Tensor, residual: Tensor) -> Tensor:
-        """Shape (..., hidden), as `residual`."""
-        out: Tensor = self.norm(self.dense.plus(states, residual))
-        return out
-
 
 def pack_linear_layers(model: nn.Module) -> None:
     """Replaces the linear layers of a cross-encoder on a CPU.
@@ -69,15 +50,8 @@ def pack_linear_layers(model: nn.Module) -> None:
     for module in list(model.modules()):
         _fuse_activation(module)
         for name, child in list(module.named_children()):
-            if _is_residual(child):
-                setattr(module, name, PackedResidual(child))
-            elif type(child) is nn.Linear:
+            if type(child) is nn.Linear:
                 setattr(module, name, PackedLinear(child))
-
-
-def _is_residual(module: nn.Module) -> bool:
-    names = {name for name, _ in module.named_children()}
-    return type(module).__name__.endswith("Output") and names == {"dense", "LayerNorm", "dropout"}
 
 
 def _fuse_activation(module: Any) -> None:
@@ -125,11 +99,9 @@ def _agrees(dtype: torch.dtype) -> bool:
         states = (torch.arange(5 * 48).reshape(5, 48).remainder(11) / 11 - 0.5).to(dtype)
         product = linear(states.float(), layer.weight.float(), layer.bias.float())
         tolerance = 1e-5 if dtype == torch.float32 else 2e-2
-        other = torch.arange(5 * 32).reshape(5, 32).to(dtype) / 160
         results = [
             (PackedLinear(layer)(states), product),
             (PackedLinear(layer, gelu=True)(states), gelu(product)),
-            (PackedLinear(layer).plus(states, other), product + other),
         ]
         return all(
             torch.allclose(result.float(), expected.float(), rtol=tolerance, atol=tolerance)
