@@ -1,4 +1,4 @@
-"""Speed of this package beside what a user could pick instead: same checkpoint, same documents, same process, in turns.
+"""Speed of this package beside what a user could pick instead: same checkpoint, same documents, in turns.
 
     python examples/benchmark.py                      # encoder, float32, three workloads
     python examples/benchmark.py --family decoder     # or layerwise
@@ -6,9 +6,9 @@
     python examples/benchmark.py --dtype bfloat16 --device cuda --size full --json results.json --plot results.png
 
 Checkpoints are random, of the real architectures: speed does not depend on what the weights say. Documents are docstrings of
-the standard library. Every contender scores every workload several times, in turns, so that a noisy machine is unfair to
-nobody; the table shows medians and ratios. The machine's ceiling is a matrix product of the model's own shapes and precision,
-measured in the same process. A peer that is not installed is skipped by name.
+the standard library. Every contender has a process of its own and scores every workload several times, in turns, so that a
+noisy machine is unfair to nobody; the table shows medians and ratios. The machine's ceiling is a matrix product of the model's
+own shapes and precision, measured in the same run. A peer that is not installed is skipped by name.
 """
 
 import argparse
@@ -20,8 +20,8 @@ import platform
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -32,19 +32,16 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import torch
 from benchmark_load import show_load
 from benchmark_models import FAMILIES, Shape, make_checkpoint
-from benchmark_peers import PEERS, PeerMissing
+from benchmark_peers import CONTENDERS, CUTOFF, OURS, PeerMissing
+from benchmark_process import Contender
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from tokenizers import Tokenizer
 
-from bge_rerank_plugins import Scorer
 from bge_rerank_plugins.docstrings import standard_library
 
 QUERY = "How do I read a file line by line without loading all of it into memory?"
-
-
-CUTOFF = "cutoff 28 of 40"
 
 
 @dataclass(frozen=True)
@@ -106,7 +103,8 @@ def main() -> None:
             f"ceiling {ceiling:.3f} TFLOP/s; {', '.join(_versions())}",
             style="bold",
         )
-        with _contenders(options, directory, console) as contenders:
+        with ExitStack() as stack:
+            contenders = _contenders(options, directory, console, stack)
             for workload in workloads:
                 results += _in_turns(workload, contenders, options.runs, directory, shape, ceiling, options.family)
                 _show(console, results[-len(contenders) :])
@@ -163,30 +161,25 @@ def _workloads(family: str, documents: list[str], directory: Path) -> Iterator[W
             yield Workload(f"50 docstrings, query of {length}", query, [document[:600] for document in documents[:50]])
 
 
-Score = Callable[[str, list[str]], Sequence[float]]
-
-
-@contextmanager
-def _contenders(options: argparse.Namespace, directory: Path, console: Console) -> Iterator[dict[str, Score]]:
-    contenders: dict[str, Score] = {}
-    with Scorer(str(directory), dtype=options.dtype, device=options.device) as scorer:
-        contenders["this package"] = scorer.score
-        if options.family == "layerwise":
-            cutoff = Scorer(str(directory), dtype=options.dtype, device=options.device, cutoff_layer=28)
-            contenders[f"this package, {CUTOFF}"] = cutoff.score
-        for name, make in PEERS[options.family].items():
-            if options.peer and name not in options.peer:
-                continue
-            try:
-                contenders[name] = make(directory, getattr(torch, options.dtype), options.device)
-            except PeerMissing as missing:
-                console.print(f"skipped: {name} ({missing})", style="yellow")
-        yield contenders
+def _contenders(
+    options: argparse.Namespace, directory: Path, console: Console, stack: ExitStack
+) -> dict[str, Contender]:
+    contenders = {}
+    for name in CONTENDERS[options.family]:
+        if options.peer and name not in (*options.peer, OURS, CUTOFF):
+            continue
+        try:
+            contender = Contender(options.family, name, directory, options.dtype, options.device)
+        except PeerMissing as missing:
+            console.print(f"skipped: {name} ({missing})", style="yellow")
+        else:
+            contenders[name] = stack.enter_context(contender)
+    return contenders
 
 
 def _in_turns(
     workload: Workload,
-    contenders: dict[str, Score],
+    contenders: dict[str, Contender],
     runs: int,
     directory: Path,
     shape: Shape,
@@ -197,14 +190,12 @@ def _in_turns(
     lengths, prefix = _lengths(directory, family, workload)
     flop = [shape.necessary_flop(length, prefix) for length in lengths]
     tflop = (flop[0][0] + sum(own for _, own in flop)) / 1e12  # the query once
-    scores = {name: list(score(workload.query, workload.passages)) for name, score in contenders.items()}
+    scores = {name: contender.score(workload.query, workload.passages)[0] for name, contender in contenders.items()}
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(runs):
-        for name, score in contenders.items():
-            start = time.perf_counter()
-            score(workload.query, workload.passages)
-            seconds[name].append(time.perf_counter() - start)
-    ours = scores["this package"]
+        for name, contender in contenders.items():
+            seconds[name].append(contender.score(workload.query, workload.passages)[1])
+    ours = scores[OURS]
     return [
         Result(
             workload=workload.name,
@@ -212,7 +203,7 @@ def _in_turns(
             pairs=len(workload.passages),
             tokens=sum(lengths),
             seconds=seconds[name],
-            tflop=tflop * (28 / 40 if name.endswith(CUTOFF) else 1),
+            tflop=tflop * (28 / 40 if name == CUTOFF else 1),
             ceiling_tflops=ceiling,
             difference=max(abs(a - b) for a, b in zip(ours, scores[name], strict=True)),
         )

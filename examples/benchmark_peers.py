@@ -1,9 +1,8 @@
-"""What a user could pick instead, for `benchmark.py`: each a function from a checkpoint to `score(query, passages)`."""
+"""Who competes in `benchmark.py`, this package first: each a function from a checkpoint to `score(query, passages)`."""
 
 import importlib
 import json
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,16 @@ def _import(name: str, package: str) -> Any:
         return importlib.import_module(name)
     except ImportError as error:
         raise PeerMissing(f"pip install {package}: {error}") from error
+
+
+def _this_package(cutoff_layer: int | None = None) -> Make:
+    def make(directory: Path, dtype: torch.dtype, device: str) -> Score:
+        from bge_rerank_plugins import Scorer
+
+        name: Any = str(dtype).removeprefix("torch.")
+        return Scorer(str(directory), dtype=name, device=device, cutoff_layer=cutoff_layer).score
+
+    return make
 
 
 def _cross_encoder(batch_size: int | None) -> Make:
@@ -75,15 +84,15 @@ def _flag_embedding(batch_size: int | None) -> Make:
     return make
 
 
-@cache
 def _exported(directory: Path) -> Path:
-    """The checkpoint as a graph, with an int8 one beside it."""
+    """The checkpoint as a graph, with an int8 one beside it; made once."""
     from bge_rerank_plugins import RerankSettings
     from bge_rerank_plugins.export import export_onnx
 
     for name in ("onnxruntime", "onnx", "onnxscript"):
         _import(name, "'bge-rerank-plugins[onnx-export]'")
-    export_onnx(RerankSettings(model=str(directory)), directory / "exported", int8=True)
+    if not (directory / "exported").exists():
+        export_onnx(RerankSettings(model=str(directory)), directory / "exported", int8=True)
     return directory / "exported"
 
 
@@ -165,8 +174,12 @@ def _model_card_layerwise(directory: Path, dtype: torch.dtype, device: str) -> S
     return score
 
 
-PEERS: dict[str, dict[str, Make]] = {
+OURS = "this package"
+CUTOFF = f"{OURS}, cutoff 28 of 40"
+
+CONTENDERS: dict[str, dict[str, Make]] = {
     "encoder": {
+        OURS: _this_package(),
         "CrossEncoder, defaults": _cross_encoder(None),
         "CrossEncoder, batches of 8": _cross_encoder(8),
         "FlagEmbedding, defaults": _flag_embedding(None),
@@ -175,6 +188,10 @@ PEERS: dict[str, dict[str, Make]] = {
         "OnnxScorer, float32": _onnx_runtime("onnx/model.onnx"),
         "OnnxScorer, int8": _onnx_runtime("onnx/model_quantized.onnx"),
     },
-    "decoder": {"transformers, as the model card": _model_card_decoder},
-    "layerwise": {"transformers, as the model card": _model_card_layerwise},
+    "decoder": {OURS: _this_package(), "transformers, as the model card": _model_card_decoder},
+    "layerwise": {
+        OURS: _this_package(),
+        CUTOFF: _this_package(cutoff_layer=28),
+        "transformers, as the model card": _model_card_layerwise,
+    },
 }

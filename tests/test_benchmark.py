@@ -1,0 +1,37 @@
+"""The benchmark's contenders, which live in processes of their own, score as they do in this one."""
+
+import pickle
+from pathlib import Path
+
+import pytest
+from benchmark_peers import OURS, PeerMissing
+from benchmark_process import Contender
+from conftest import DATA
+
+from bge_rerank_plugins import Scorer
+
+QUERY, PASSAGES = "what is a panda?", ["a bear", "", "the giant panda of Sichuan " * 4]
+
+
+def test_a_contender_scores_as_in_this_process_and_says_how_long_it_took() -> None:
+    with Scorer(str(DATA / "encoder")) as scorer:
+        expected = scorer.score(QUERY, PASSAGES)
+    with Contender("encoder", OURS, DATA / "encoder", "float32", "cpu") as contender:
+        scores, seconds = contender.score(QUERY, PASSAGES)
+        again, _ = contender.score(QUERY, PASSAGES)
+    assert scores == again == pytest.approx(expected, abs=1e-5)
+    assert 0 < seconds < 60
+
+
+def test_what_goes_wrong_in_a_contenders_process_is_raised_here(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"architectures": ["NoSuchModel"]}')
+
+    def score() -> None:
+        with Contender("encoder", OURS, tmp_path, "float32", "cpu") as contender:
+            contender.score(QUERY, PASSAGES)
+
+    with pytest.raises(ValueError, match="NoSuchModel"):
+        score()
+    missing = pickle.loads(pickle.dumps(PeerMissing("pip install it")))
+    assert isinstance(missing, PeerMissing)
+    assert str(missing) == "pip install it"
