@@ -8,7 +8,6 @@ families: it looks for blocks by how they are built.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -83,6 +82,27 @@ class Residual(nn.Module):
         return normed
 
 
+class FeedForward(nn.Module):
+    """Both halves of BERT's feed-forward block, in place of the second one; the first one's place is left to the identity.
+
+    Args:
+        intermediate: The first half.
+        output: The second one, which adds the states before the first.
+    """
+
+    def __init__(self, intermediate: nn.Module, output: nn.Module) -> None:
+        super().__init__()
+        self._intermediate, self._output = intermediate, output
+
+    def forward(self, states: Tensor, _: Tensor) -> Tensor:
+        """Shape (..., hidden), as `states`, which the layer hands over twice: as it is, and through the identity."""
+        return in_parts(self._part, states)
+
+    def _part(self, states: Tensor) -> Tensor:
+        output: Tensor = self._output(self._intermediate(states), states)
+        return output
+
+
 class Activation(nn.Module):
     """An activation over its input."""
 
@@ -110,4 +130,4 @@ def work_in_place(model: nn.Module) -> None:
         if inner is not None:
             module.intermediate_act_fn = Activation(inner)
         if hasattr(module, "feed_forward_chunk"):  # a layer of BERT's build
-            module.feed_forward_chunk = partial(in_parts, module.feed_forward_chunk)
+            module.intermediate, module.output = nn.Identity(), FeedForward(module.intermediate, module.output)
