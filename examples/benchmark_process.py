@@ -1,7 +1,7 @@
 """A contender of `benchmark.py` in a process of its own, as a user would run it.
 
 In one process they would slow one another down: GNU's OpenMP lets its threads sleep at every barrier once there are more of
-them than processors, which was seen to cost this package's thread 3 to 20 %.
+them than processors, which was seen to cost this package's thread 3 to 25 %.
 """
 
 import time
