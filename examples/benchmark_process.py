@@ -31,10 +31,10 @@ class Contender:
     """
 
     def __init__(self, family: str, name: str, directory: Path, dtype: str, device: str) -> None:
-        self._made = family, name, directory, dtype, device
+        self._which = family, name, directory, dtype, device
         self._process = ProcessPoolExecutor(1, mp_context=get_context("spawn"))
         try:
-            self._process.submit(_prepare, *self._made).result()
+            self._process.submit(_prepare, self._which).result()
         except BaseException:
             self._process.shutdown()
             raise
@@ -49,20 +49,24 @@ class Contender:
 
     def score(self, query: str, passages: Sequence[str]) -> tuple[list[float], float]:
         """The scores, and the seconds that they took, without the way between the processes."""
-        return self._process.submit(_timed, self._made, query, list(passages)).result()
+        return self._process.submit(_timed, self._which, query, list(passages)).result()
+
+
+_Which = tuple[str, str, Path, str, str]
 
 
 @cache
-def _made(family: str, name: str, directory: Path, dtype: str, device: str) -> Score:
+def _made(which: _Which) -> Score:
+    family, name, directory, dtype, device = which
     return CONTENDERS[family][name](directory, getattr(torch, dtype), device)
 
 
-def _prepare(*contender: str) -> None:
-    _made(*contender)
+def _prepare(which: _Which) -> None:
+    _made(which)
 
 
-def _timed(contender: tuple[str, str, Path, str, str], query: str, passages: list[str]) -> tuple[list[float], float]:
-    score = _made(*contender)
+def _timed(which: _Which, query: str, passages: list[str]) -> tuple[list[float], float]:
+    score = _made(which)
     start = time.perf_counter()
     scores = [float(s) for s in score(query, passages)]
     return scores, time.perf_counter() - start

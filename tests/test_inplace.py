@@ -21,7 +21,15 @@ from transformers.activations import ACT2FN
 from transformers.models.gemma.modeling_gemma import GemmaMLP
 
 from bge_rerank_plugins.core import inplace
-from bge_rerank_plugins.core.inplace import GatedBlock, Residual, in_parts, work_in_place
+from bge_rerank_plugins.core.inplace import FeedForward, GatedBlock, Residual, in_parts, work_in_place
+
+
+def rows_seen_by(module: nn.Module) -> list[int]:
+    """How many rows a module is given, call by call from now on."""
+    rows: list[int] = []
+    module.register_forward_pre_hook(lambda _, inputs: rows.append(inputs[0].shape[-2]))
+    return rows
+
 
 ENCODERS = {BertModel: BertConfig, RobertaModel: RobertaConfig, XLMRobertaModel: XLMRobertaConfig}
 
@@ -43,8 +51,11 @@ def test_a_gated_block_computes_what_it_did(activation: str, rows: int, monkeypa
     assert isinstance(ours["mlp"], GatedBlock)
     states = torch.randn(1, 29, 16)
     before = states.clone()
+    seen = rows_seen_by(ours["mlp"]._down)
     torch.testing.assert_close(ours["mlp"](states), theirs["mlp"](states), rtol=1e-6, atol=1e-7)
     assert torch.equal(states, before)
+    assert sum(seen) == 29
+    assert max(seen) < (2 * rows if rows < 29 else 30), "not in parts"
 
 
 def test_a_block_with_an_activation_that_is_not_known_is_left_alone() -> None:
@@ -75,10 +86,15 @@ def test_layers_of_encoders_compute_what_they_did(
     theirs = copy.deepcopy(ours)
     work_in_place(ours)
     assert len([module for module in ours.modules() if isinstance(module, Residual)]) == 4
+    blocks = [module for module in ours.modules() if isinstance(module, FeedForward)]
+    assert len(blocks) == 2
+    seen = rows_seen_by(blocks[0]._intermediate)
     states = torch.randn(1, 29, 32)
     before = states.clone()
     torch.testing.assert_close(ours(states)[0], theirs(states)[0], rtol=1e-5, atol=1e-6)
     assert torch.equal(states, before)
+    assert sum(seen) == 29
+    assert max(seen) < (2 * rows if rows < 29 else 30), "not in parts"
 
 
 @given(rows=st.integers(0, 100), least=st.integers(1, 40))

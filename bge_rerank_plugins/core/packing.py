@@ -108,7 +108,7 @@ def pack_sequences(
         "key_rows": key_rows or [],
     }
     on_device = _in_one_copy(columns, torch.device(device))
-    own = tuple((group, slice(*rows[:2])) for group, rows in laid.prefixes.items() if group in keep)
+    own = tuple((group, slice(rows.start, rows.stop)) for group, rows in laid.prefixes.items() if group in keep)
     return Pack(
         input_ids=on_device["input_ids"],
         position_ids=on_device["position_ids"],
