@@ -23,9 +23,9 @@ from bge_rerank_plugins.settings import RerankSettings
 ARCHITECTURES = ["xlm-roberta", "roberta", "bert"]
 
 
-def load(directory: str, **options: Any) -> Encoder:
+def load(directory: str, precision: torch.dtype = torch.float32, **options: Any) -> Encoder:
     settings = RerankSettings(model=directory, **options)
-    return Encoder.load(Checkpoint.from_settings(settings), settings, torch.device("cpu"), torch.float32)
+    return Encoder.load(Checkpoint.from_settings(settings), settings, torch.device("cpu"), precision)
 
 
 @pytest.fixture(scope="module", params=ARCHITECTURES)
@@ -72,6 +72,24 @@ def test_scores_do_not_depend_on_the_attention_of_the_device(
     with torch.inference_mode():
         scores = encoder.forward(pack_sequences(encoder.encode("panda", passages))).tolist()
     assert scores == pytest.approx([reference.score("panda", passage) for passage in passages], abs=1e-4)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 6e-2)])
+def test_the_last_layer_without_keys_and_values_is_the_same_function(
+    dtype: torch.dtype, tolerance: float, classifier_dirs: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from bge_rerank_plugins.core import encoder as module
+
+    for path in classifier_dirs.values():
+        encoder = load(path, dtype)
+        pack = pack_sequences(encoder.encode("panda", ["", "a bear", "the giant panda " * 20]))
+        scores = []
+        for by_sequence in (True, False):
+            monkeypatch.setattr(module, "by_sequence", lambda hidden, chosen=by_sequence: chosen)
+            with torch.inference_mode():
+                scores.append(encoder.forward(pack))
+        assert not torch.equal(*scores), "computed in one way twice"
+        torch.testing.assert_close(*scores, rtol=0, atol=tolerance)
 
 
 def test_weights_are_wide_enough_for_order_to_mean_something(both: tuple[Encoder, EncoderReference]) -> None:

@@ -9,6 +9,7 @@ from conftest import DATA
 from torch import Tensor
 
 from bge_rerank_plugins import Scorer
+from bge_rerank_plugins.core import encoder
 from bge_rerank_plugins.core.checkpoint import Checkpoint
 from bge_rerank_plugins.core.families import family_of
 from bge_rerank_plugins.core.graphs import SEQUENCES, SIZES, Graphs, Run, graphs_for
@@ -25,6 +26,12 @@ def family(request: pytest.FixtureRequest) -> Iterator[Any]:
     checkpoint = Checkpoint.from_settings(settings)
     with torch.inference_mode():
         yield family_of(checkpoint).load(checkpoint, settings, CPU, torch.float32)
+
+
+@pytest.fixture(autouse=True)
+def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where nothing is computed sequence by sequence."""
+    monkeypatch.setattr(encoder, "by_sequence", lambda hidden: False)
 
 
 def again(run: Run, buffer: Tensor) -> Run:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import softmax
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel
 
 from .attention import attend_from_first_rows
@@ -68,11 +69,11 @@ class Encoder:
         self.max_length = max_length
         self._pairs = pairs
         backbone: Any = model.base_model
+        layers = backbone.encoder.layer
+        self._last_layer = layers[-1]  # computes few rows, and its weights as they are
+        backbone.encoder.layer = layers[:-1]
         pack_linear_layers(backbone.encoder)
         work_in_place(backbone.encoder)
-        layers = backbone.encoder.layer
-        self._last_layer = layers[-1]
-        backbone.encoder.layer = layers[:-1]
         self._backbone = backbone
         self._head = architecture.head(model).float()  # scores are float32 from the head on
         self._first_position = architecture.layout.first_position(model.config.pad_token_id)
@@ -140,22 +141,49 @@ def _first_rows_after(layer: Any, hidden: Tensor, pack: Pack) -> Tensor:
     Returns:
         Shape (sequences, hidden).
     """
-    attention = layer.attention.self
     rows = hidden[pack.first_rows]
+    context = (_context_by_sequence if by_sequence(hidden) else _context_at_once)(
+        layer.attention.self, hidden, rows, pack
+    )
+    attended = layer.attention.output(context, rows)
+    states: Tensor = layer.feed_forward_chunk(attended)
+    return states
+
+
+def by_sequence(hidden: Tensor) -> bool:
+    """Whether a small product for each sequence costs little more than its arithmetic: on a CPU."""
+    return hidden.device.type == "cpu"
+
+
+def _context_at_once(attention: Any, hidden: Tensor, rows: Tensor, pack: Pack) -> Tensor:
+    """Attention of `rows`, over the keys and values of all `hidden`. Shape of `rows`."""
 
     def heads(states: Tensor) -> Tensor:
         return states.view(len(states), attention.num_attention_heads, attention.attention_head_size)
 
-    context = attend_from_first_rows(
-        heads(attention.query(rows)),
-        heads(attention.key(hidden)),
-        heads(attention.value(hidden)),
-        pack,
-        attention.scaling,
+    query, key, value = heads(attention.query(rows)), heads(attention.key(hidden)), heads(attention.value(hidden))
+    return attend_from_first_rows(query, key, value, pack, attention.scaling).flatten(1)
+
+
+def _context_by_sequence(attention: Any, hidden: Tensor, rows: Tensor, pack: Pack) -> Tensor:
+    """The same without keys and values: their weights go to the few rows that ask instead of to all that are asked.
+
+    A query's product with a key, q (W x + b), is (q W) x and a number that is the same for all keys of the query, which
+    softmax does not see. The mean of the values, weighted to a sum of 1, is the value of the mean. In float32, of any states.
+    """
+    heads, width = attention.num_attention_heads, attention.attention_head_size
+    key_weight, value_weight = (
+        layer.weight.float().view(heads, width, -1) for layer in (attention.key, attention.value)
     )
-    attended = layer.attention.output(context.flatten(1), rows)
-    states: Tensor = layer.feed_forward_chunk(attended)
-    return states
+    query = (attention.query(rows).float() * attention.scaling).view(-1, heads, width)
+    asking = torch.bmm(query.transpose(0, 1), key_weight).transpose(0, 1)  # (sequences, heads, hidden)
+    means = torch.empty_like(asking)
+    for segment, ask, mean in zip(pack.segments, asking, means, strict=True):
+        asked = hidden[segment.start : segment.stop].float()
+        torch.mm(softmax(ask @ asked.T, dim=-1), asked, out=mean)
+    values = torch.bmm(means.transpose(0, 1), value_weight.transpose(1, 2)).transpose(0, 1)
+    context: Tensor = values.flatten(1) + attention.value.bias.float()
+    return context.to(rows.dtype)
 
 
 def checked_config(checkpoint: Checkpoint, settings: RerankSettings) -> tuple[PreTrainedConfig, Architecture, int]:
