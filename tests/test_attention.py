@@ -84,8 +84,10 @@ def test_every_implementation_is_plain_attention(
 ) -> None:
     monkeypatch.setattr(attention, "_sdpa_is_faster", lambda dtype: sdpa)  # what the processor says, not what is tested
     query, key, value = states(pack, dtype, kv_heads=kv_heads)
-    got = getattr(attention, name)(query, key, value, pack, 8**-0.5, causal, window, softcap)
     want = plain(query, key, value, pack, causal, window, softcap)
+    got = getattr(attention, name)(
+        query, key, value, pack, 8**-0.5, causal, window, softcap
+    )  # may overwrite the queries
     assert got.dtype == dtype
     torch.testing.assert_close(got.double(), want, atol=tolerance, rtol=tolerance)
 

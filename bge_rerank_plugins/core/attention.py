@@ -102,8 +102,11 @@ def _attend_segments(
     window: int | None,
     softcap: float | None,
 ) -> Tensor:
-    """One product per segment, by SDPA or in explicit steps, whichever is faster for this precision on this processor."""
-    output = torch.empty_like(query)
+    """One product per segment, by SDPA or in explicit steps, whichever is faster for this precision on this processor.
+
+    The output overwrites the queries, which nobody else reads: a pack's states are tens of megabytes for the system to find.
+    """
+    output = query
     query, key, value = _grouped(query, key, value)
     by_sdpa = softcap is None and _sdpa_is_faster(query.dtype)
     attend = _segment_by_sdpa if by_sdpa else _segment_in_steps
