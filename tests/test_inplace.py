@@ -21,7 +21,15 @@ from transformers.activations import ACT2FN
 from transformers.models.gemma.modeling_gemma import GemmaMLP
 
 from bge_rerank_plugins.core import inplace
-from bge_rerank_plugins.core.inplace import FeedForward, GatedBlock, Residual, in_parts, work_in_place
+from bge_rerank_plugins.core.inplace import (
+    FeedForward,
+    GatedBlock,
+    Residual,
+    Room,
+    add_product,
+    parts_of,
+    work_in_place,
+)
 
 
 def rows_seen_by(module: nn.Module) -> list[int]:
@@ -85,29 +93,62 @@ def test_layers_of_encoders_compute_what_they_did(
     ours = kind(config, add_pooling_layer=False).eval().encoder
     theirs = copy.deepcopy(ours)
     work_in_place(ours)
-    assert len([module for module in ours.modules() if isinstance(module, Residual)]) == 4
+    assert len([module for module in ours.modules() if isinstance(module, Residual)]) == 2
     blocks = [module for module in ours.modules() if isinstance(module, FeedForward)]
     assert len(blocks) == 2
-    seen = rows_seen_by(blocks[0]._intermediate)
+    seen: list[int] = []
+    product = Room.product
+    monkeypatch.setattr(Room, "product", lambda *args: seen.append(args[2].shape[-2]) or product(*args))
     states = torch.randn(1, 29, 32)
-    before = states.clone()
-    torch.testing.assert_close(ours(states)[0], theirs(states)[0], rtol=1e-5, atol=1e-6)
-    assert torch.equal(states, before)
+    want = theirs(states)[0]
+    torch.testing.assert_close(ours(states)[0], want, rtol=1e-5, atol=1e-6)
+    seen = seen[: len(seen) // 2]  # of the first of two layers
     assert sum(seen) == 29
     assert max(seen) < (2 * rows if rows < 29 else 30), "not in parts"
 
 
 @given(rows=st.integers(0, 100), least=st.integers(1, 40))
 def test_parts_are_of_about_the_same_size_and_cover_every_row(rows: int, least: int) -> None:
-    sizes: list[int] = []
-
-    def compute(part: torch.Tensor) -> torch.Tensor:
-        sizes.append(len(part))
-        return part + 1
-
     states = torch.arange(rows * 3.0).view(rows, 3)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(inplace.ROWS, "cpu", least)
-        assert torch.equal(in_parts(compute, states), states + 1)
-    assert sum(sizes) == rows
+        parts = parts_of(states)
+    assert torch.equal(torch.cat(parts), states)
+    sizes = [len(part) for part in parts]
     assert max(sizes) < 2 * least or len(sizes) == 1
+    assert parts[0].data_ptr() == states.data_ptr(), "a copy"
+
+
+SHAPES = st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@given(shapes=SHAPES, bias=st.booleans())
+@torch.inference_mode()
+def test_a_room_holds_products_of_any_shape_one_after_another(
+    dtype: torch.dtype, shapes: list[tuple[int, int, int]], bias: bool
+) -> None:
+    room = Room()
+    for rows, inputs, outputs in shapes:
+        layer = nn.Linear(inputs, outputs, bias=bias, dtype=dtype)
+        states = torch.randn(1, rows, inputs, dtype=dtype)
+        torch.testing.assert_close(room.product(layer, states), layer(states))
+
+
+@torch.inference_mode()
+def test_a_room_is_made_once() -> None:
+    room = Room()
+    large, small = (room.product(nn.Linear(4, 8), torch.randn(1, rows, 4)) for rows in (9, 3))
+    assert large.data_ptr() == small.data_ptr()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("kind", ["torch's own", "another"])
+@torch.inference_mode()
+def test_a_product_is_added_in_place(kind: str, bias: bool, dtype: torch.dtype) -> None:
+    layer = nn.Linear(5, 7, bias=bias, dtype=dtype)
+    states, total = torch.randn(1, 6, 5, dtype=dtype), torch.randn(1, 6, 7, dtype=dtype)
+    want = total + layer(states)
+    add_product(total, layer if kind == "torch's own" else nn.Sequential(layer), states)
+    torch.testing.assert_close(total, want)

@@ -1,14 +1,15 @@
 """Blocks of transformers' layers without the tensors they can do without: in place, and on a CPU on some rows at a time.
 
-The operations and their order are transformers' own. What is saved is memory that the system has to find: an allocator gives
-tensors of tens of megabytes back to it, and to get their pages anew costs as much as some of the work on them. Knows nothing of
-families: it looks for blocks by how they are built.
+The operations are transformers' own. What is saved is memory that the system has to find: an allocator gives tensors of tens of
+megabytes back to it, and to get their pages anew costs as much as some of the work on them. So blocks overwrite what they are
+given where nobody reads it after them. Knows nothing of families: it looks for blocks by how they are built.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -26,17 +27,52 @@ _IN_PLACE: dict[type, Callable[[Tensor], Tensor]] = {
 }
 
 
-def in_parts(compute: Callable[[Tensor], Tensor], states: Tensor) -> Tensor:
-    """What `compute` makes of `states`, row by row and of their shape, on parts of about the same size."""
+def parts_of(states: Tensor) -> tuple[Tensor, ...]:
+    """Views of some rows each, of about the same number."""
     rows = states.shape[-2]
-    count = rows // ROWS.get(states.device.type, rows + 1)
-    if count < 2:
-        return compute(states)
-    output = torch.empty_like(states)
-    size = -(-rows // count)
-    for part, room in zip(torch.split(states, size, dim=-2), torch.split(output, size, dim=-2), strict=True):
-        room.copy_(compute(part))
-    return output
+    count = max(1, rows // ROWS.get(states.device.type, rows + 1))
+    return torch.split(states, max(1, -(-rows // count)), dim=-2)
+
+
+class Room:
+    """Memory for a product that is read before the next one is written there, kept for as long as the model is."""
+
+    def __init__(self) -> None:
+        self._held = torch.empty(0)
+
+    def product(self, layer: nn.Module, states: Tensor) -> Tensor:
+        """`layer(states)`, in this room if torch's own layer computes it in float32 on a CPU. Valid until the next call."""
+        if not _is_plain(layer, states):
+            product: Tensor = layer(states)
+            return product
+        shape = (*states.shape[:-1], layer.out_features)
+        size = math.prod(shape)
+        if self._held.numel() < size:
+            self._held = states.new_empty(size)
+        room = self._held[:size].view(shape)
+        if layer.bias is None:
+            torch.mm(_rows(states), layer.weight.T, out=_rows(room))
+        else:
+            torch.addmm(layer.bias, _rows(states), layer.weight.T, out=_rows(room))
+        return room
+
+
+def add_product(total: Tensor, layer: nn.Module, states: Tensor) -> None:
+    """`total += layer(states)`, without a tensor for the product if torch's own layer computes it in float32 on a CPU."""
+    if _is_plain(layer, states):
+        if layer.bias is not None:
+            total += layer.bias
+        _rows(total).addmm_(_rows(states), layer.weight.T)
+    else:
+        total += layer(states)
+
+
+def _is_plain(layer: nn.Module, states: Tensor) -> TypeGuard[nn.Linear]:
+    return type(layer) is nn.Linear and states.device.type == "cpu" and states.dtype == torch.float32
+
+
+def _rows(states: Tensor) -> Tensor:
+    return states.view(-1, states.shape[-1])
 
 
 class GatedBlock(nn.Module):
@@ -45,20 +81,28 @@ class GatedBlock(nn.Module):
     Args:
         block: The block that it replaces.
         activate: Its activation, in place.
+        rooms: For the states between, of the gate and of the other.
     """
 
-    def __init__(self, block: Any, activate: Callable[[Tensor], Tensor]) -> None:
+    def __init__(self, block: Any, activate: Callable[[Tensor], Tensor], rooms: tuple[Room, Room]) -> None:
         super().__init__()
         self._gate, self._up, self._down = block.gate_proj, block.up_proj, block.down_proj
         self._activate = activate
+        self._rooms = rooms
 
     def forward(self, states: Tensor) -> Tensor:
         """Shape (..., hidden), as `states`."""
-        return in_parts(self._part, states)
+        parts = parts_of(states)
+        if len(parts) == 1:
+            return self._part(states)
+        output = torch.empty_like(states)
+        for part, room in zip(parts, parts_of(output), strict=True):
+            room.copy_(self._part(part))
+        return output
 
     def _part(self, states: Tensor) -> Tensor:
-        gated = self._activate(self._gate(states))
-        gated *= self._up(states)
+        gated = self._activate(self._rooms[0].product(self._gate, states))
+        gated *= self._rooms[1].product(self._up, states)
         output: Tensor = self._down(gated)
         return output
 
@@ -75,10 +119,9 @@ class Residual(nn.Module):
         self.dense, self.norm = block.dense, block.LayerNorm
 
     def forward(self, states: Tensor, residual: Tensor) -> Tensor:
-        """Shape (..., hidden), as `residual`."""
-        total = self.dense(states)
-        total += residual
-        normed: Tensor = self.norm(total)
+        """Shape (..., hidden), as `residual`, which it overwrites."""
+        add_product(residual, self.dense, states)
+        normed: Tensor = self.norm(residual)
         return normed
 
 
@@ -88,46 +131,36 @@ class FeedForward(nn.Module):
     Args:
         intermediate: The first half.
         output: The second one, which adds the states before the first.
+        room: For the states between them.
     """
 
-    def __init__(self, intermediate: nn.Module, output: nn.Module) -> None:
+    def __init__(self, intermediate: Any, output: Residual, room: Room) -> None:
         super().__init__()
-        self._intermediate, self._output = intermediate, output
+        self._up = intermediate.dense
+        self._activate = _IN_PLACE.get(type(intermediate.intermediate_act_fn), intermediate.intermediate_act_fn)
+        self._down, self._norm = output.dense, output.norm
+        self._room = room
 
     def forward(self, states: Tensor, _: Tensor) -> Tensor:
-        """Shape (..., hidden), as `states`, which the layer hands over twice: as it is, and through the identity."""
-        return in_parts(self._part, states)
-
-    def _part(self, states: Tensor) -> Tensor:
-        output: Tensor = self._output(self._intermediate(states), states)
-        return output
-
-
-class Activation(nn.Module):
-    """An activation over its input."""
-
-    def __init__(self, activate: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self._activate = activate
-
-    def forward(self, states: Tensor) -> Tensor:
-        """Shape as `states`, which it overwrites."""
-        return self._activate(states)
+        """Shape (..., hidden), as `states`, which the layer hands over twice, and which it overwrites."""
+        for part in parts_of(states):
+            add_product(part, self._down, self._activate(self._room.product(self._up, part)))
+        normed: Tensor = self._norm(states)
+        return normed
 
 
 def work_in_place(model: nn.Module) -> None:
     """Replaces the blocks of these builds; leaves all others as they are, and those whose activation is not known."""
     modules: list[Any] = list(model.modules())
+    rooms = Room(), Room()
     for module in modules:
         for name, child in list(module.named_children()):
             parts = {part for part, _ in child.named_children()}
             activate = _IN_PLACE.get(type(getattr(child, "act_fn", None)))
             if parts == {"gate_proj", "up_proj", "down_proj", "act_fn"} and activate is not None:
-                setattr(module, name, GatedBlock(child, activate))
+                setattr(module, name, GatedBlock(child, activate, rooms))
             elif parts == {"dense", "LayerNorm", "dropout"} and type(child).__name__.endswith("Output"):
                 setattr(module, name, Residual(child))
-        inner = _IN_PLACE.get(type(getattr(module, "intermediate_act_fn", None)))
-        if inner is not None:
-            module.intermediate_act_fn = Activation(inner)
         if hasattr(module, "feed_forward_chunk"):  # a layer of BERT's build
-            module.intermediate, module.output = nn.Identity(), FeedForward(module.intermediate, module.output)
+            module.output = FeedForward(module.intermediate, module.output, rooms[0])
+            module.intermediate = nn.Identity()
