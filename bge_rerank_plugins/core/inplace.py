@@ -81,14 +81,12 @@ class GatedBlock(nn.Module):
     Args:
         block: The block that it replaces.
         activate: Its activation, in place.
-        rooms: For the states between, of the gate and of the other.
     """
 
-    def __init__(self, block: Any, activate: Callable[[Tensor], Tensor], rooms: tuple[Room, Room]) -> None:
+    def __init__(self, block: Any, activate: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
         self._gate, self._up, self._down = block.gate_proj, block.up_proj, block.down_proj
         self._activate = activate
-        self._rooms = rooms
 
     def forward(self, states: Tensor) -> Tensor:
         """Shape (..., hidden), as `states`."""
@@ -101,8 +99,8 @@ class GatedBlock(nn.Module):
         return output
 
     def _part(self, states: Tensor) -> Tensor:
-        gated = self._activate(self._rooms[0].product(self._gate, states))
-        gated *= self._rooms[1].product(self._up, states)
+        gated = self._activate(self._gate(states))
+        gated *= self._up(states)
         output: Tensor = self._down(gated)
         return output
 
@@ -152,15 +150,15 @@ class FeedForward(nn.Module):
 def work_in_place(model: nn.Module) -> None:
     """Replaces the blocks of these builds; leaves all others as they are, and those whose activation is not known."""
     modules: list[Any] = list(model.modules())
-    rooms = Room(), Room()
+    room = Room()
     for module in modules:
         for name, child in list(module.named_children()):
             parts = {part for part, _ in child.named_children()}
             activate = _IN_PLACE.get(type(getattr(child, "act_fn", None)))
             if parts == {"gate_proj", "up_proj", "down_proj", "act_fn"} and activate is not None:
-                setattr(module, name, GatedBlock(child, activate, rooms))
+                setattr(module, name, GatedBlock(child, activate))
             elif parts == {"dense", "LayerNorm", "dropout"} and type(child).__name__.endswith("Output"):
                 setattr(module, name, Residual(child))
         if hasattr(module, "feed_forward_chunk"):  # a layer of BERT's build
-            module.output = FeedForward(module.intermediate, module.output, rooms[0])
+            module.output = FeedForward(module.intermediate, module.output, room)
             module.intermediate = nn.Identity()
