@@ -24,6 +24,7 @@ from bge_rerank_plugins.core import inplace
 from bge_rerank_plugins.core.inplace import (
     FeedForward,
     GatedBlock,
+    Projection,
     Residual,
     Room,
     add_product,
@@ -94,11 +95,20 @@ def test_layers_of_encoders_compute_what_they_did(
     theirs = copy.deepcopy(ours)
     work_in_place(ours)
     assert len([module for module in ours.modules() if isinstance(module, Residual)]) == 2
-    blocks = [module for module in ours.modules() if isinstance(module, FeedForward)]
-    assert len(blocks) == 2
+    assert len([module for module in ours.modules() if isinstance(module, FeedForward)]) == 2
+    rooms = [module._room for module in ours.modules() if isinstance(module, Projection)]
+    assert len(rooms) == 6
+    assert len(set(rooms[:3])) == 3, "two that are read together in one room"
+    assert rooms[:3] == rooms[3:], "one layer's beside the other's"
     seen: list[int] = []
     product = Room.product
-    monkeypatch.setattr(Room, "product", lambda *args: seen.append(args[2].shape[-2]) or product(*args))
+
+    def watched(room: Room, layer: nn.Module, states: torch.Tensor) -> torch.Tensor:
+        if layer.weight.shape == (48, 32):
+            seen.append(states.shape[-2])
+        return product(room, layer, states)
+
+    monkeypatch.setattr(Room, "product", watched)
     states = torch.randn(1, 29, 32)
     want = theirs(states)[0]
     torch.testing.assert_close(ours(states)[0], want, rtol=1e-5, atol=1e-6)

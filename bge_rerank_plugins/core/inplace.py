@@ -75,6 +75,23 @@ def _rows(states: Tensor) -> Tensor:
     return states.view(-1, states.shape[-1])
 
 
+class Projection(nn.Module):
+    """A linear layer whose product stands in a room, for inference only.
+
+    Args:
+        layer: The layer that it replaces.
+        room: Where its product is read before the next layer's is written.
+    """
+
+    def __init__(self, layer: nn.Linear, room: Room) -> None:
+        super().__init__()
+        self._layer, self._room = layer, room
+
+    def forward(self, states: Tensor) -> Tensor:
+        """Shape (..., features)."""
+        return self._room.product(self._layer, states)
+
+
 class GatedBlock(nn.Module):
     """The feed-forward block of the LLM families, down(activation(gate(x)) * up(x)), for inference only.
 
@@ -151,8 +168,11 @@ def work_in_place(model: nn.Module) -> None:
     """Replaces the blocks of these builds; leaves all others as they are, and those whose activation is not known."""
     modules: list[Any] = list(model.modules())
     room = Room()
+    projected = {name: Room() for name in ("query", "key", "value")}  # in layers of BERT's build
     for module in modules:
         for name, child in list(module.named_children()):
+            if name in projected and type(child) is nn.Linear:
+                setattr(module, name, Projection(child, projected[name]))
             parts = {part for part, _ in child.named_children()}
             activate = _IN_PLACE.get(type(getattr(child, "act_fn", None)))
             if parts == {"gate_proj", "up_proj", "down_proj", "act_fn"} and activate is not None:
