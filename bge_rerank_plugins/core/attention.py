@@ -44,7 +44,7 @@ def attend_to_pack(
 
     Args:
         module: The attention layer; its `is_causal` says whether a token sees those after it, its `layer_idx` which one it is.
-        query: Shape (1, heads, tokens, head_dim).
+        query: Shape (1, heads, tokens, head_dim). Overwritten on a CPU.
         key: Shape (1, key_value_heads, tokens, head_dim).
         value: Same shape as `key`.
         attention_mask: Always None; the pack says what attends to what.

@@ -142,9 +142,8 @@ def _first_rows_after(layer: Any, hidden: Tensor, pack: Pack) -> Tensor:
         Shape (sequences, hidden).
     """
     rows = hidden[pack.first_rows]
-    context = (_context_by_sequence if by_sequence(hidden) else _context_at_once)(
-        layer.attention.self, hidden, rows, pack
-    )
+    context_of = _context_by_sequence if by_sequence(hidden) else _context_at_once
+    context = context_of(layer.attention.self, hidden, rows, pack)
     attended = layer.attention.output(context, rows)
     states: Tensor = layer.feed_forward_chunk(attended)
     return states
