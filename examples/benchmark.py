@@ -284,7 +284,7 @@ def _plot(results: list[Result], title: str, path: str) -> None:
         bars = axis.barh([row.contender for row in rows], [row.pairs / row.median for row in rows], color=colors)
         axis.bar_label(bars, fmt="%.1f", padding=3)
         axis.set(title=workload, xlabel="pairs per second")
-        axis.margins(x=0.15)
+        axis.margins(x=0.2)
     figure.suptitle(title)
     figure.savefig(path, dpi=120)
 
