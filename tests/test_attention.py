@@ -85,10 +85,9 @@ def test_every_implementation_is_plain_attention(
     monkeypatch.setattr(attention, "_sdpa_is_faster", lambda dtype: sdpa)  # what the processor says, not what is tested
     query, key, value = states(pack, dtype, kv_heads=kv_heads)
     want = plain(query, key, value, pack, causal, window, softcap)
-    got = getattr(attention, name)(
-        query, key, value, pack, 8**-0.5, causal, window, softcap
-    )  # may overwrite the queries
+    got = getattr(attention, name)(query, key, value, pack, 8**-0.5, causal, window, softcap)
     assert got.dtype == dtype
+    assert (got.data_ptr() == query.data_ptr()) == (name == "_attend_segments"), "over the queries, or not"
     torch.testing.assert_close(got.double(), want, atol=tolerance, rtol=tolerance)
 
 

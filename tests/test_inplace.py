@@ -1,4 +1,4 @@
-"""Blocks that work in place and in parts compute what transformers' own do, and leave what they are given as it was."""
+"""Blocks that work in place and in parts compute what transformers' own do."""
 
 import copy
 from typing import Any
@@ -160,5 +160,7 @@ def test_a_product_is_added_in_place(kind: str, bias: bool, dtype: torch.dtype) 
     layer = nn.Linear(5, 7, bias=bias, dtype=dtype)
     states, total = torch.randn(1, 6, 5, dtype=dtype), torch.randn(1, 6, 7, dtype=dtype)
     want = total + layer(states)
+    products = rows_seen_by(layer)
     add_product(total, layer if kind == "torch's own" else nn.Sequential(layer), states)
     torch.testing.assert_close(total, want)
+    assert bool(products) == (kind == "another" or dtype != torch.float32), "a tensor for the product"

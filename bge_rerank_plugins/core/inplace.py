@@ -1,8 +1,9 @@
 """Blocks of transformers' layers without the tensors they can do without: in place, and on a CPU on some rows at a time.
 
-The operations are transformers' own. What is saved is memory that the system has to find: an allocator gives tensors of tens of
-megabytes back to it, and to get their pages anew costs as much as some of the work on them. So blocks overwrite what they are
-given where nobody reads it after them. Knows nothing of families: it looks for blocks by how they are built.
+The operations are transformers' own, but for the order of sums. What is saved is memory that the system has to find: an allocator
+gives tensors of tens of megabytes back to it, and to get their pages anew costs as much as some of the work on them. So blocks
+overwrite what they are given where nobody reads it after them. Knows nothing of families: it looks for blocks by how they are
+built.
 """
 
 from __future__ import annotations
