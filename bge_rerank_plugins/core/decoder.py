@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from .inplace import work_in_place
+from .last_layer import LastRows
 from .packing import Pack
 from .prompt import Prompt
 from .sequences import TokenSequence
@@ -43,6 +44,7 @@ class Decoder:
         self._prompt = prompt
         self._backbone: Any = model.base_model
         work_in_place(self._backbone)
+        LastRows(self._backbone.layers[-1])
         self._answer_row = model.get_output_embeddings().weight[prompt.answer_id].float()
         self._softcap: float | None = getattr(model.config, "final_logit_softcapping", None)
 
@@ -91,7 +93,7 @@ class Decoder:
         hidden: Tensor = self._backbone(
             input_ids=pack.input_ids[None], position_ids=pack.position_ids[None], use_cache=False, pack=pack
         ).last_hidden_state
-        logits = hidden[0, pack.last_rows].float() @ self._answer_row
+        logits = hidden[0].float() @ self._answer_row
         return logits if self._softcap is None else self._softcap * torch.tanh(logits / self._softcap)
 
 

@@ -17,6 +17,7 @@ from transformers import GraniteConfig, GraniteModel
 from transformers.models.granite.modeling_granite import GranitePreTrainedModel
 
 from .inplace import work_in_place
+from .last_layer import LastRows
 from .packing import Pack
 from .prompt import Prompt
 from .sequences import TokenSequence
@@ -147,16 +148,18 @@ class Layerwise:
     def _rows_after(self, pack: Pack, layers: set[int]) -> dict[int, Tensor]:
         """Hidden states of the last positions after each of the layers, which are computed up to the highest."""
         rows: dict[int, Tensor] = {}
+        highest = max(layers)
 
         def keep(layer: int) -> Callable[[nn.Module, Any, Any], None]:
             def hook(module: nn.Module, inputs: Any, output: Any) -> None:
                 hidden = output if isinstance(output, Tensor) else output[0]
-                rows[layer] = hidden[0, pack.last_rows]
+                rows[layer] = hidden[0] if layer == highest else hidden[0, pack.last_rows]
 
             return hook
 
-        self._backbone.config.num_hidden_layers = max(layers)  # GraniteModel runs that many
-        hooks = [self._backbone.layers[layer - 1].register_forward_hook(keep(layer)) for layer in layers]
+        self._backbone.config.num_hidden_layers = highest  # GraniteModel runs that many
+        hooks: list[Any] = [self._backbone.layers[layer - 1].register_forward_hook(keep(layer)) for layer in layers]
+        hooks.append(LastRows(self._backbone.layers[highest - 1]))
         try:
             self._backbone(
                 input_ids=pack.input_ids[None], position_ids=pack.position_ids[None], use_cache=False, pack=pack
