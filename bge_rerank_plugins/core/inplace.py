@@ -108,11 +108,11 @@ class GatedBlock(nn.Module):
 
     def forward(self, states: Tensor) -> Tensor:
         """Shape (..., hidden), as `states`."""
-        parts = parts_of(states)
+        parts = parts_of(_rows(states))  # of two dimensions: torch multiplies others in batches, which copy the weights
         if len(parts) == 1:
             return self._part(states)
         output = torch.empty_like(states)
-        for part, room in zip(parts, parts_of(output), strict=True):
+        for part, room in zip(parts, parts_of(_rows(output)), strict=True):
             room.copy_(self._part(part))
         return output
 
