@@ -18,7 +18,9 @@ from transformers import (
     XLMRobertaModel,
 )
 from transformers.activations import ACT2FN
-from transformers.models.gemma.modeling_gemma import GemmaMLP
+from transformers.models.gemma.modeling_gemma import GemmaMLP, GemmaRMSNorm
+from transformers.models.granite.modeling_granite import GraniteRMSNorm
+from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 from bge_rerank_plugins.core import inplace
 from bge_rerank_plugins.core.inplace import (
@@ -27,6 +29,7 @@ from bge_rerank_plugins.core.inplace import (
     Projection,
     Residual,
     Room,
+    RootMeanSquareNorm,
     add_product,
     parts_of,
     work_in_place,
@@ -38,6 +41,18 @@ def rows_seen_by(module: nn.Module) -> list[int]:
     rows: list[int] = []
     module.register_forward_pre_hook(lambda _, inputs: rows.append(inputs[0].shape[-2]))
     return rows
+
+
+def rows_given_to(function: Any, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """Rows and features of the states that a product of `inplace` is made of, call by call from now on."""
+    seen: list[tuple[int, int]] = []
+
+    def watched(place: torch.Tensor, layer: nn.Module, states: torch.Tensor) -> None:
+        seen.append((states.shape[-2], states.shape[-1]))
+        function(place, layer, states)
+
+    monkeypatch.setattr(inplace, function.__name__, watched)
+    return seen
 
 
 ENCODERS = {BertModel: BertConfig, RobertaModel: RobertaConfig, XLMRobertaModel: XLMRobertaConfig}
@@ -60,11 +75,59 @@ def test_a_gated_block_computes_what_it_did(activation: str, rows: int, monkeypa
     assert isinstance(ours["mlp"], GatedBlock)
     states = torch.randn(1, 29, 16)
     before = states.clone()
-    seen = rows_seen_by(ours["mlp"]._down)
+    seen = rows_given_to(inplace.put_product, monkeypatch)
     torch.testing.assert_close(ours["mlp"](states), theirs["mlp"](states), rtol=1e-6, atol=1e-7)
     assert torch.equal(states, before)
-    assert sum(seen) == 29
-    assert max(seen) < (2 * rows if rows < 29 else 30), "not in parts"
+    to_wide = [count for count, width in seen if width == 16]
+    assert sum(to_wide) == 2 * 29, "a wide state that is not in a room"
+    assert max(to_wide) < (2 * rows if rows < 29 else 30), "not in parts"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.inference_mode()
+def test_parts_of_a_gated_block_are_not_multiplied_in_batches(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(inplace.ROWS, "cpu", 4)
+    block = gated("silu").to(dtype)
+    work_in_place(block)
+    with torch.profiler.profile() as profile:
+        block["mlp"](torch.randn(1, 29, 16, dtype=dtype))
+    names = {event.key for event in profile.key_averages()}
+    assert "aten::mm" in names
+    assert "aten::bmm" not in names, "which copies the weights"
+
+
+@torch.inference_mode()
+def test_the_wide_states_of_all_layers_stand_in_the_same_two_rooms() -> None:
+    model = nn.ModuleList([gated("silu") for _ in range(3)])
+    work_in_place(model)
+    rooms = {module._rooms for module in model.modules() if isinstance(module, GatedBlock)}
+    assert len(rooms) == 1
+    assert len(set(rooms.pop())) == 2, "two that are read together in one room"
+
+
+@pytest.mark.parametrize("kind", [GemmaRMSNorm, GraniteRMSNorm, Qwen3RMSNorm])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(1, 29, 16), (1, 29, 3, 16), (1, 1, 16), (29, 16)])
+@torch.inference_mode()
+def test_norms_in_parts_compute_what_they_did(
+    kind: Any, dtype: torch.dtype, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(inplace.NUMBERS_AT_HAND, "cpu", 7 * 16 + 3)
+    theirs = kind(16).to(dtype)
+    theirs.weight.copy_(torch.rand(16) + 0.5)
+    model = nn.ModuleDict({"input_layernorm": theirs})
+    work_in_place(model)
+    ours = model["input_layernorm"]
+    assert isinstance(ours, RootMeanSquareNorm)
+    seen = rows_seen_by(theirs)
+    states = torch.randn(shape, dtype=dtype)
+    before = states.clone()
+    found = ours(states)
+    assert torch.equal(found, theirs(states))
+    assert torch.equal(states, before)
+    assert max(seen[:-1]) <= 7, "not in parts"
 
 
 def test_a_block_with_an_activation_that_is_not_known_is_left_alone() -> None:

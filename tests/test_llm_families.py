@@ -153,6 +153,44 @@ def test_prefixes_of_several_requests_are_kept_apart(directory: str) -> None:
     assert scores == pytest.approx(expected, rel=1e-5, abs=1e-5)
 
 
+def rows_of_blocks(family: Any) -> list[int]:
+    """How many rows the feed-forward block of each layer is given, layer by layer from now on."""
+    seen: list[int] = []
+    for layer in family._backbone.layers:
+        layer.mlp.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape[-2]))
+    return seen
+
+
+@pytest.mark.parametrize("cutoff_layers", [(), (7,), (11, 3), (3, 4, 5)])
+def test_after_the_attention_of_the_highest_layer_only_last_tokens_are_computed(cutoff_layers: tuple[int, ...]) -> None:
+    family = load(LAYERWISE)
+    sequences = family.encode("what is panda?", ["hi", "a bear of Sichuan", ""])
+    tokens = len(pack_sequences(sequences))
+    seen = rows_of_blocks(family)
+    forward(family, sequences, cutoff_layers)
+    assert seen == [tokens] * (max(cutoff_layers, default=11) - 1) + [3]
+
+
+@pytest.mark.parametrize("directory", [DECODER, LAYERWISE])
+def test_a_pack_that_failed_half_way_leaves_the_layers_as_they_were(
+    directory: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    family = load(directory)
+    sequences = family.encode("what is panda?", ["hi", "a bear"])
+    expected = forward(family, sequences)
+    for block in ("self_attn", "mlp"):
+        with monkeypatch.context() as patch:
+            patch.setattr(getattr(family._backbone.layers[-1], block), "forward", lambda *_, **__: 1 // 0)
+            with pytest.raises(ZeroDivisionError):
+                forward(family, sequences)
+        assert forward(family, sequences) == expected
+        if directory == LAYERWISE:
+            lower = forward(family, sequences, (4, 10))
+            assert [row[0] for row in lower] == pytest.approx(
+                [row[0] for row in forward(family, sequences, (4,))], abs=1e-6
+            )
+
+
 def tiny_decoder(name: str) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -192,7 +230,10 @@ def test_every_causal_model_of_the_table_scores_as_transformers_does(name: str, 
     family, reference = load(str(tmp_path)), DecoderReference(str(tmp_path), 1024)
     passages = ["hi", "a bear of Sichuan " * 4, ""]
     expected = [reference.score("what is panda?", passage) for passage in passages]
-    assert forward(family, family.encode("what is panda?", passages)) == pytest.approx(expected, abs=1e-4)
+    sequences = family.encode("what is panda?", passages)
+    seen = rows_of_blocks(family)
+    assert forward(family, sequences) == pytest.approx(expected, abs=1e-4)
+    assert seen == [len(pack_sequences(sequences)), len(passages)], "rows that nobody reads"
     assert max(expected) - min(expected) > 0.01
 
 

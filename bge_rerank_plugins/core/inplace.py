@@ -20,6 +20,9 @@ from transformers.activations import GELUActivation, GELUTanh, SiLUActivation
 ROWS = {"cpu": 1536}
 """Fewest rows of a part, by kind of device; all of them where it is not named. Products of fewer are slower."""
 
+NUMBERS_AT_HAND = {"cpu": 2**18}
+"""Numbers of a part that is passed over several times: the processor's caches hold it, and what is made of it on the way."""
+
 _IN_PLACE: dict[type, Callable[[Tensor], Tensor]] = {
     SiLUActivation: lambda states: silu(states, inplace=True),
     nn.SiLU: lambda states: silu(states, inplace=True),
@@ -42,7 +45,7 @@ class Room:
         self._held = torch.empty(0)
 
     def product(self, layer: nn.Module, states: Tensor) -> Tensor:
-        """`layer(states)`, in this room if torch's own layer computes it in float32 on a CPU. Valid until the next call."""
+        """`layer(states)`, in this room if torch's own layer computes it on a CPU. Valid until the next call."""
         if not _is_plain(layer, states):
             product: Tensor = layer(states)
             return product
@@ -51,16 +54,23 @@ class Room:
         if self._held.numel() < size:
             self._held = states.new_empty(size)
         room = self._held[:size].view(shape)
-        if layer.bias is None:
-            torch.mm(_rows(states), layer.weight.T, out=_rows(room))
-        else:
-            torch.addmm(layer.bias, _rows(states), layer.weight.T, out=_rows(room))
+        put_product(room, layer, states)
         return room
+
+
+def put_product(place: Tensor, layer: nn.Module, states: Tensor) -> None:
+    """`place[:] = layer(states)`, without a tensor for the product if torch's own layer computes it on a CPU."""
+    if not _is_plain(layer, states):
+        place.copy_(layer(states))
+    elif layer.bias is None:
+        torch.mm(_rows(states), layer.weight.T, out=_rows(place))
+    else:
+        torch.addmm(layer.bias, _rows(states), layer.weight.T, out=_rows(place))
 
 
 def add_product(total: Tensor, layer: nn.Module, states: Tensor) -> None:
     """`total += layer(states)`, without a tensor for the product if torch's own layer computes it in float32 on a CPU."""
-    if _is_plain(layer, states):
+    if _is_plain(layer, states) and states.dtype == torch.float32:
         if layer.bias is not None:
             total += layer.bias
         _rows(total).addmm_(_rows(states), layer.weight.T)
@@ -69,7 +79,9 @@ def add_product(total: Tensor, layer: nn.Module, states: Tensor) -> None:
 
 
 def _is_plain(layer: nn.Module, states: Tensor) -> TypeGuard[nn.Linear]:
-    return type(layer) is nn.Linear and states.device.type == "cpu" and states.dtype == torch.float32
+    """Whether torch multiplies this in place as fast as not: in half precision a bias would be a pass of its own."""
+    plain = type(layer) is nn.Linear and states.device.type == "cpu"
+    return plain and (states.dtype == torch.float32 or layer.bias is None)
 
 
 def _rows(states: Tensor) -> Tensor:
@@ -99,27 +111,55 @@ class GatedBlock(nn.Module):
     Args:
         block: The block that it replaces.
         activate: Its activation, in place.
+        rooms: For the wide states, two of which are read together.
     """
 
-    def __init__(self, block: Any, activate: Callable[[Tensor], Tensor]) -> None:
+    def __init__(self, block: Any, activate: Callable[[Tensor], Tensor], rooms: tuple[Room, Room]) -> None:
         super().__init__()
         self._gate, self._up, self._down = block.gate_proj, block.up_proj, block.down_proj
         self._activate = activate
+        self._rooms = rooms
 
     def forward(self, states: Tensor) -> Tensor:
         """Shape (..., hidden), as `states`."""
         parts = parts_of(_rows(states))  # of two dimensions: torch multiplies others in batches, which copy the weights
         if len(parts) == 1:
-            return self._part(states)
+            whole: Tensor = self._down(self._wide(states))
+            return whole
         output = torch.empty_like(states)
-        for part, room in zip(parts, parts_of(_rows(output)), strict=True):
-            room.copy_(self._part(part))
+        for part, place in zip(parts, parts_of(_rows(output)), strict=True):
+            put_product(place, self._down, self._wide(part))
         return output
 
-    def _part(self, states: Tensor) -> Tensor:
-        gated = self._activate(self._gate(states))
-        gated *= self._up(states)
-        output: Tensor = self._down(gated)
+    def _wide(self, states: Tensor) -> Tensor:
+        gate_room, up_room = self._rooms
+        gated = self._activate(gate_room.product(self._gate, states))
+        gated *= up_room.product(self._up, states)
+        return gated
+
+
+class RootMeanSquareNorm(nn.Module):
+    """A norm of the LLM families, for inference only: what is made on the way, much of it in float32, is small.
+
+    Args:
+        norm: The norm that it replaces.
+    """
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self._norm = norm
+
+    def forward(self, states: Tensor) -> Tensor:
+        """Shape (..., features), as `states`."""
+        numbers = NUMBERS_AT_HAND.get(states.device.type, states.numel())
+        if states.numel() <= numbers:
+            whole: Tensor = self._norm(states)
+            return whole
+        output = torch.empty_like(states)
+        rows = max(1, numbers // states.shape[-1])
+        parts, places = (torch.split(_rows(of), rows) for of in (states, output))
+        for part, place in zip(parts, places, strict=True):
+            place.copy_(self._norm(part))
         return output
 
 
@@ -168,7 +208,7 @@ class FeedForward(nn.Module):
 def work_in_place(model: nn.Module) -> None:
     """Replaces the blocks of these builds; leaves all others as they are, and those whose activation is not known."""
     modules: list[Any] = list(model.modules())
-    room = Room()
+    room, other_room = Room(), Room()
     projected = {name: Room() for name in ("query", "key", "value")}  # in layers of BERT's build
     for module in modules:
         for name, child in list(module.named_children()):
@@ -177,7 +217,9 @@ def work_in_place(model: nn.Module) -> None:
             parts = {part for part, _ in child.named_children()}
             activate = _IN_PLACE.get(type(getattr(child, "act_fn", None)))
             if parts == {"gate_proj", "up_proj", "down_proj", "act_fn"} and activate is not None:
-                setattr(module, name, GatedBlock(child, activate))
+                setattr(module, name, GatedBlock(child, activate, (room, other_room)))
+            elif type(child).__name__.endswith("RMSNorm"):
+                setattr(module, name, RootMeanSquareNorm(child))
             elif parts == {"dense", "LayerNorm", "dropout"} and type(child).__name__.endswith("Output"):
                 setattr(module, name, Residual(child))
         if hasattr(module, "feed_forward_chunk"):  # a layer of BERT's build

@@ -34,7 +34,9 @@ class LastRows:
         for hook in self._hooks:
             hook.remove()
 
-    def _enter(self, layer: Any, inputs: tuple[Tensor], options: dict[str, Any]) -> tuple[tuple[Tensor], dict[str, Any]]:
+    def _enter(
+        self, layer: Any, inputs: tuple[Tensor], options: dict[str, Any]
+    ) -> tuple[tuple[Tensor], dict[str, Any]]:
         (states,) = inputs
         self._states, self._rows = layer.input_layernorm(states), options["pack"].last_rows
         return (states[:, self._rows],), options
