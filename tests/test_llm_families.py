@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from strategies import texts
 
 from bge_rerank_plugins import Scorer
-from bge_rerank_plugins.core import attention
+from bge_rerank_plugins.core import attention, linear
 from bge_rerank_plugins.core.checkpoint import Checkpoint
 from bge_rerank_plugins.core.families import Family, family_of
 from bge_rerank_plugins.core.packing import pack_sequences
@@ -169,6 +169,20 @@ def test_after_the_attention_of_the_highest_layer_only_last_tokens_are_computed(
     seen = rows_of_blocks(family)
     forward(family, sequences, cutoff_layers)
     assert seen == [tokens] * (max(cutoff_layers, default=11) - 1) + [3]
+
+
+@pytest.mark.parametrize("directory", [DECODER, LAYERWISE])
+def test_last_rows_come_in_few_sizes_where_every_size_has_a_program_of_its_own(
+    directory: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    family = load(directory)
+    packs = [family.encode("what is panda?", [f"passage {i}" for i in range(n)]) for n in range(1, 20)]
+    expected = [forward(family, pack) for pack in packs]
+    monkeypatch.setattr(linear, "pays", lambda _: True)
+    seen = rows_of_blocks(family)
+    found = [forward(family, pack) for pack in packs]
+    assert found == [pytest.approx(scores, abs=1e-5) for scores in expected]
+    assert set(seen[len(family._backbone.layers) - 1 :: len(family._backbone.layers)]) == {8, 16, 24}
 
 
 @pytest.mark.parametrize("directory", [DECODER, LAYERWISE])

@@ -93,7 +93,7 @@ class Decoder:
         hidden: Tensor = self._backbone(
             input_ids=pack.input_ids[None], position_ids=pack.position_ids[None], use_cache=False, pack=pack
         ).last_hidden_state
-        logits = hidden[0].float() @ self._answer_row
+        logits = hidden[0, : len(pack.last_rows)].float() @ self._answer_row
         return logits if self._softcap is None else self._softcap * torch.tanh(logits / self._softcap)
 
 

@@ -10,9 +10,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .linear import in_few_sizes
+
 
 class LastRows:
-    """Has a layer return the pack's last rows, shape (1, sequences, hidden), and compute no others after its attention.
+    """Has a layer return the pack's last rows, shape (1, sequences or more, hidden), and compute no others after its attention.
 
     Keys and values of all rows are made, queries and their attention too. For layers of Llama's build, which the model calls with
     `pack=pack`.
@@ -22,7 +24,8 @@ class LastRows:
     """
 
     def __init__(self, layer: Any) -> None:
-        self._states = self._rows = None
+        self._states: Tensor | None = None
+        self._rows: Tensor | None = None
         self._hooks = [
             layer.register_forward_pre_hook(self._enter, with_kwargs=True),
             layer.self_attn.register_forward_pre_hook(self._attend, with_kwargs=True),
@@ -38,7 +41,8 @@ class LastRows:
         self, layer: Any, inputs: tuple[Tensor], options: dict[str, Any]
     ) -> tuple[tuple[Tensor], dict[str, Any]]:
         (states,) = inputs
-        self._states, self._rows = layer.input_layernorm(states), options["pack"].last_rows
+        self._states = layer.input_layernorm(states)
+        self._rows = in_few_sizes(options["pack"].last_rows, states)
         return (states[:, self._rows],), options
 
     def _attend(self, _: nn.Module, inputs: tuple[()], options: dict[str, Any]) -> tuple[tuple[()], dict[str, Any]]:

@@ -153,7 +153,7 @@ class Layerwise:
         def keep(layer: int) -> Callable[[nn.Module, Any, Any], None]:
             def hook(module: nn.Module, inputs: Any, output: Any) -> None:
                 hidden = output if isinstance(output, Tensor) else output[0]
-                rows[layer] = hidden[0] if layer == highest else hidden[0, pack.last_rows]
+                rows[layer] = hidden[0, slice(len(pack.last_rows)) if layer == highest else pack.last_rows]
 
             return hook
 

@@ -78,6 +78,14 @@ def rows_for(rows: int) -> int:
     return -(-rows // step) * step
 
 
+def in_few_sizes(rows: Tensor, states: Tensor) -> Tensor:
+    """Numbers of the states' rows, one of them repeated until their products have one of few sizes, where that matters."""
+    if states.device.type != "cpu" or not pays(states.dtype):
+        return rows
+    missing = rows_for(len(rows)) - len(rows)
+    return torch.cat([rows, rows[:1].expand(missing)])
+
+
 @cache
 def can_pack(dtype: torch.dtype) -> bool:
     """Whether the operators are there, and compute what torch's own do, in this precision on this processor."""
