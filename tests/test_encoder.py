@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from strategies import texts
 
 from bge_rerank_plugins import Scorer
+from bge_rerank_plugins.core import linear
 from bge_rerank_plugins.core.checkpoint import Checkpoint
 from bge_rerank_plugins.core.encoder import Encoder
 from bge_rerank_plugins.core.packing import pack_sequences
@@ -90,6 +91,23 @@ def test_the_last_layer_without_keys_and_values_is_the_same_function(
                 scores.append(encoder.forward(pack))
         assert not torch.equal(*scores), "computed in one way twice"
         torch.testing.assert_close(*scores, rtol=0, atol=tolerance)
+
+
+def test_first_rows_come_in_few_sizes_where_every_size_has_a_program_of_its_own(
+    encoder_dir: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    family = load(encoder_dir)
+    packs = [pack_sequences(family.encode("what is panda?", [f"passage {i}" for i in range(n)])) for n in range(1, 20)]
+    with torch.inference_mode():
+        expected = [family.forward(pack) for pack in packs]
+        monkeypatch.setattr(linear, "pays", lambda _: True)
+        seen: list[int] = []
+        last_layer: Any = family._last_layer
+        last_layer.intermediate.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
+        found = [family.forward(pack) for pack in packs]
+    for scores, others in zip(expected, found, strict=True):
+        torch.testing.assert_close(others, scores, rtol=1e-5, atol=1e-5)
+    assert set(seen) == {8, 16, 24}
 
 
 def test_weights_are_wide_enough_for_order_to_mean_something(both: tuple[Encoder, EncoderReference]) -> None:

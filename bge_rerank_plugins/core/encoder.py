@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrai
 
 from .attention import attend_from_first_rows
 from .inplace import work_in_place
-from .linear import pack_linear_layers
+from .linear import in_few_sizes, pack_linear_layers
 from .packing import Pack
 from .pairs import BERT, ROBERTA, PairEncoder, PairLayout
 from .sequences import TokenSequence
@@ -141,12 +141,12 @@ def _first_rows_after(layer: Any, hidden: Tensor, pack: Pack) -> Tensor:
     Returns:
         Shape (sequences, hidden).
     """
-    rows = hidden[pack.first_rows]
+    rows = hidden[in_few_sizes(pack.first_rows, hidden)]
     context_of = _context_by_sequence if by_sequence(hidden) else _context_at_once
     context = context_of(layer.attention.self, hidden, rows, pack)
     attended = layer.attention.output(context, rows)
     states: Tensor = layer.feed_forward_chunk(attended)
-    return states
+    return states[: len(pack.first_rows)]
 
 
 def by_sequence(hidden: Tensor) -> bool:
@@ -176,8 +176,8 @@ def _context_by_sequence(attention: Any, hidden: Tensor, rows: Tensor, pack: Pac
     )
     query = (attention.query(rows).float() * attention.scaling).view(-1, heads, width)
     asking = torch.bmm(query.transpose(0, 1), key_weight).transpose(0, 1)  # (sequences, heads, hidden)
-    means = torch.empty_like(asking)
-    for segment, ask, mean in zip(pack.segments, asking, means, strict=True):
+    means = torch.zeros_like(asking)
+    for segment, ask, mean in zip(pack.segments, asking, means, strict=False):  # rows may be more, to be of few sizes
         asked = hidden[segment.start : segment.stop].float()
         torch.mm(softmax(ask @ asked.T, dim=-1), asked, out=mean)
     values = torch.bmm(means.transpose(0, 1), value_weight.transpose(1, 2)).transpose(0, 1)
