@@ -178,7 +178,7 @@ def test_last_rows_come_in_few_sizes_where_every_size_has_a_program_of_its_own(
     family = load(directory)
     packs = [family.encode("what is panda?", [f"passage {i}" for i in range(n)]) for n in range(1, 20)]
     expected = [forward(family, pack) for pack in packs]
-    monkeypatch.setattr(linear, "pays", lambda _: True)
+    monkeypatch.setattr(linear, "by_onednn", lambda _: True)
     seen = rows_of_blocks(family)
     found = [forward(family, pack) for pack in packs]
     assert found == [pytest.approx(scores, abs=1e-5) for scores in expected]

@@ -85,6 +85,7 @@ def _is_plain(layer: nn.Module, states: Tensor) -> TypeGuard[nn.Linear]:
 
 
 def _rows(states: Tensor) -> Tensor:
+    """In two dimensions: parts of three are multiplied in batches of one, for which torch copies weights in half precision."""
     return states.view(-1, states.shape[-1])
 
 
@@ -122,12 +123,12 @@ class GatedBlock(nn.Module):
 
     def forward(self, states: Tensor) -> Tensor:
         """Shape (..., hidden), as `states`."""
-        parts = parts_of(_rows(states))  # of two dimensions: torch multiplies others in batches, which copy the weights
+        parts = parts_of(states)
         if len(parts) == 1:
             whole: Tensor = self._down(self._wide(states))
             return whole
         output = torch.empty_like(states)
-        for part, place in zip(parts, parts_of(_rows(output)), strict=True):
+        for part, place in zip(parts, parts_of(output), strict=True):
             put_product(place, self._down, self._wide(part))
         return output
 

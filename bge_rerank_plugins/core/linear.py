@@ -79,11 +79,16 @@ def rows_for(rows: int) -> int:
 
 
 def in_few_sizes(rows: Tensor, states: Tensor) -> Tensor:
-    """Numbers of the states' rows, one of them repeated until their products have one of few sizes, where that matters."""
-    if states.device.type != "cpu" or not pays(states.dtype):
+    """Numbers of the states' rows, one of them repeated until torch's own products of these rows have one of few sizes."""
+    if states.device.type != "cpu" or not by_onednn(states.dtype):
         return rows
     missing = rows_for(len(rows)) - len(rows)
     return torch.cat([rows, rows[:1].expand(missing)])
+
+
+def by_onednn(dtype: torch.dtype) -> bool:
+    """Whether torch's own products on a CPU are oneDNN's: in half precision. In float32 they are those of a BLAS."""
+    return dtype != torch.float32
 
 
 @cache
