@@ -118,3 +118,12 @@ def test_operators_that_are_gone_or_differ_leave_the_layers_as_they_are(
 def test_half_precision_without_hardware_for_it_is_left_alone() -> None:
     assert not linear.can_pack(torch.float16)
     assert not linear.can_pack(torch.float64)
+
+
+@pytest.mark.parametrize(("dtype", "count"), [(torch.float32, 20), (torch.bfloat16, 24), (torch.float16, 24)])
+def test_rows_are_filled_up_in_half_precision_only(dtype: torch.dtype, count: int) -> None:
+    rows = torch.arange(5, 25)
+    filled = linear.in_few_sizes(rows, torch.zeros(30, 4, dtype=dtype))
+    assert len(filled) == count
+    assert torch.equal(filled[:20], rows)
+    assert set(filled.tolist()) == set(rows.tolist()), "a row that nobody asked for"
