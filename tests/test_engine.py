@@ -201,6 +201,22 @@ def test_a_device_that_is_not_there_lists_those_that_are() -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "expected"),
+    [(None, "cuda:0"), ("cuda", "cuda:0"), ("cuda:0", "cuda:0"), ("cuda:1", "cuda:1"), ("cpu", "cpu")],
+)
+def test_a_gpu_is_found_with_and_without_its_number(
+    name: str | None, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A bare "cuda" was refused on machines that have one."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert str(choose_device(name)) == expected
+    with pytest.raises(ValueError, match="device='cuda:2': not on this machine, which has cuda:0, cuda:1, cpu"):
+        choose_device("cuda:2")
+    with pytest.raises(ValueError, match="device='mps': not on this machine, which has cuda:0, cuda:1, cpu"):
+        choose_device("mps")
+
+
+@pytest.mark.parametrize(
     ("dtype", "device", "capability", "float16_is_safe", "expected"),
     [
         ("auto", "cpu", None, True, torch.float32),

@@ -22,10 +22,11 @@ def choose_device(name: str | None) -> torch.device:
     if name is None:
         return torch.device(available[0])
     device = torch.device(name)
-    if str(device) not in available and device.type not in available:
+    if device.type == "cpu":
+        return device
+    device = torch.device(device.type, device.index or 0)
+    if str(device) not in available:
         raise ValueError(f"device={name!r}: not on this machine, which has {', '.join(available)}")
-    if device.index is None and device.type != "cpu":
-        return torch.device(device.type, 0)
     return device
 
 
