@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention, softmax
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface
 
 from .packing import Pack
 
@@ -322,9 +322,6 @@ def attend_from_first_rows(query: Tensor, key: Tensor, value: Tensor, pack: Pack
     return (summed / total[..., None]).to(query.dtype)
 
 
-def _no_mask(*_: Any, **__: Any) -> None:
-    """The mask function beside the attention function: without one, transformers may build a 4D mask over the pack."""
-
-
 AttentionInterface.register(ATTENTION, attend_to_pack)
-AttentionMaskInterface.register(ATTENTION, _no_mask)
+# No mask function of that name: with one, transformers looks through the positions for packs of its own kind before it asks for
+# a mask, and waits for the device to do so.
