@@ -77,6 +77,43 @@ def classifier_dirs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return directories
 
 
+@pytest.fixture(scope="session")
+def causal_dirs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """A tiny checkpoint with wide weights for every causal language model beside the oracle's, with the oracle's tokenizer."""
+    import transformers
+
+    shape = {
+        "vocab_size": 1500,
+        "hidden_size": 48,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "intermediate_size": 96,
+        "bos_token_id": 2,
+        "eos_token_id": 1,
+        "pad_token_id": 0,
+        "initializer_range": 0.4,
+    }
+    half_sliding = {"use_sliding_window": True, "sliding_window": 40, "max_window_layers": 2}
+    capped = {"query_pre_attn_scalar": 20, "attn_logit_softcapping": 5.0, "final_logit_softcapping": 3.0}
+    particular: dict[str, dict[str, Any]] = {
+        "Gemma2": {"head_dim": 16, "sliding_window": 40, **capped},
+        "Llama": {},
+        "Mistral": {"sliding_window": 40},
+        "Qwen2": half_sliding,
+        "Qwen3": {"head_dim": 16, **half_sliding},
+    }
+    directories = {}
+    for seed, (name, options) in enumerate(particular.items()):
+        torch.manual_seed(seed)
+        directory = tmp_path_factory.mktemp(name)
+        config = getattr(transformers, f"{name}Config")(**shape, **options)
+        getattr(transformers, f"{name}ForCausalLM")(config).save_pretrained(directory)
+        PreTrainedTokenizerFast.from_pretrained(DATA / "decoder").save_pretrained(directory)
+        directories[name] = str(directory)
+    return directories
+
+
 def _tokenizer(*, with_segments: bool) -> PreTrainedTokenizerFast:
     tokenizer = PreTrainedTokenizerFast.from_pretrained(DATA / "encoder")
     if with_segments:

@@ -67,6 +67,18 @@ def test_decoder_scores_are_the_model_cards(decoder: tuple[Any, DecoderReference
     assert forward(family, sequences) == pytest.approx(expected, abs=1e-4)
 
 
+@pytest.mark.parametrize("name", ["Gemma2", "Llama", "Mistral", "Qwen2", "Qwen3"])
+def test_other_causal_models_score_as_on_transformers(name: str, causal_dirs: dict[str, str]) -> None:
+    """Windows, soft caps and norms of heads among what they have; in several packs, the query kept from one to the next."""
+    query, passages = "what is a panda?", ["", *(f"panda number {i} in Sichuan " * (1 + i % 5) for i in range(12))]
+    reference = DecoderReference(causal_dirs[name], 96)
+    expected = [reference.score(query, passage) for passage in passages]
+    assert max(expected) - min(expected) > 0.3
+    with Scorer(causal_dirs[name], max_length=96, max_batch_tokens=300) as scorer:
+        assert scorer.score(query, passages) == pytest.approx(expected, abs=1e-4)
+        assert scorer.stats()["packs"] > 2
+
+
 @hypothesis_settings(max_examples=25)
 @given(requests)
 def test_layerwise_scores_are_those_of_minicpm_written_out(
