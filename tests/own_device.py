@@ -82,8 +82,8 @@ class There(Tensor):
         if torch._C._dispatch_has_kernel_for_dispatch_key(operation.name(), "CompositeImplicitAutograd"):
             return operation.decompose(*args, **kwargs)
         if name in NUMBERS_FOR_THE_HOST:
-            place = next(frame for frame in reversed(traceback.extract_stack()) if "rerank" in frame.filename)
-            traffic[f"waited in {place.name} for {name}"] += 1
+            ours = [frame.name for frame in traceback.extract_stack() if "bge_rerank_plugins" in frame.filename]
+            traffic[f"waited in {ours[-1:]} for {name}"] += 1
         if name == "copy_":
             return copy_from(args[1], args[0])
         if name == "_to_copy" and torch.device(kwargs.get("device") or NAME).type == "cpu":
@@ -233,7 +233,7 @@ def varlen_attn(
     *,
     scale: float,
     window_size: tuple[int, int],
-    enable_gqa: bool,
+    enable_gqa: bool = False,
 ) -> Tensor:
     window = list(window_size)
     return torch.ops.own_device.varlen(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, scale, window, enable_gqa)

@@ -111,7 +111,7 @@ def varlen_by_contract(
     *,
     scale: float,
     window_size: tuple[int, int],
-    enable_gqa: bool,
+    enable_gqa: bool = False,
 ) -> Tensor:
     """What `torch.nn.attention.varlen.varlen_attn` promises: a window of (left, right) keys around each query, the last
     query aligned with the last key."""
@@ -134,14 +134,27 @@ def varlen_by_contract(
     return torch.cat(outputs)
 
 
+def earlier_varlen(*states_and_bounds: Any, scale: float, window_size: tuple[int, int]) -> Tensor:
+    """The same as torch 2.11 has it, which takes fewer key heads than heads without a word."""
+    return varlen_by_contract(*states_and_bounds, scale=scale, window_size=window_size, enable_gqa=True)
+
+
+@pytest.mark.parametrize("kv_heads", [2, 4])
+@pytest.mark.parametrize("varlen_attn", [varlen_by_contract, earlier_varlen])
 @pytest.mark.parametrize(("pack", "causal", "window", "softcap"), CASES)
 def test_the_cuda_call_asks_the_kernel_for_plain_attention(
-    pack: Pack, causal: bool, window: int | None, softcap: float | None, monkeypatch: pytest.MonkeyPatch
+    pack: Pack,
+    causal: bool,
+    window: int | None,
+    softcap: float | None,
+    varlen_attn: Any,
+    kv_heads: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     kernel: Any = types.ModuleType("torch.nn.attention.varlen")
-    kernel.varlen_attn = varlen_by_contract
+    kernel.varlen_attn = varlen_attn
     monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", kernel)
-    query, key, value = states(pack)
+    query, key, value = states(pack, kv_heads=kv_heads)
     got = attention._attend_varlen(query, key, value, pack, 8**-0.5, causal, window, softcap)
     torch.testing.assert_close(
         got.double(), plain(query, key, value, pack, causal, window, softcap), atol=1e-5, rtol=1e-5
@@ -174,7 +187,7 @@ def test_the_kernel_accepts_the_arguments_that_the_cuda_call_gives() -> None:
 
     varlen = pytest.importorskip("torch.nn.attention.varlen")
     known = set(inspect.signature(varlen.varlen_attn).parameters)
-    assert {"scale", "window_size", "enable_gqa"} <= known
+    assert {"scale", "window_size"} <= known
     positional = list(inspect.signature(varlen.varlen_attn).parameters)[:7]
     assert positional == ["query", "key", "value", "cu_seq_q", "cu_seq_k", "max_q", "max_k"]
 

@@ -7,6 +7,7 @@ variable-length flash attention of torch), `_attend_segments` (CPU, one small pr
 """
 
 import importlib
+import inspect
 from collections.abc import Callable
 from functools import cache, lru_cache
 from typing import Any
@@ -239,6 +240,7 @@ def _attend_varlen(
     if softcap is not None:  # the kernel has no soft cap
         return _attend_padded(query, key, value, pack, scaling, causal, window, softcap)
     varlen_attn = importlib.import_module("torch.nn.attention.varlen").varlen_attn
+    grouped = query.shape[1] != key.shape[1] and _asks_about_groups(varlen_attn)
     if pack.key_rows is not None:
         key, value = key[pack.key_rows], value[pack.key_rows]
     behind = -1 if window is None else window - 1
@@ -253,9 +255,15 @@ def _attend_varlen(
         pack.longest_k,
         scale=scaling,
         window_size=(behind, ahead),
-        enable_gqa=query.shape[1] != key.shape[1],
+        **({"enable_gqa": True} if grouped else {}),
     )
     return output
+
+
+@cache
+def _asks_about_groups(kernel: Callable[..., Any]) -> bool:
+    """Whether the kernel wants to be told that heads share key heads; torch before 2.12 takes that unasked."""
+    return "enable_gqa" in inspect.signature(kernel).parameters
 
 
 def _attend_padded(
