@@ -207,18 +207,25 @@ def test_the_kind_of_device_chooses_the_implementation(
 
 
 @pytest.mark.parametrize(
-    ("capability", "dtype", "head_dim", "expected"),
+    ("capability", "built", "dtype", "head_dim", "expected"),
     [
-        ((9, 0), torch.bfloat16, 64, "_attend_varlen"),
-        ((9, 0), torch.float32, 64, "_attend_padded"),
-        ((9, 0), torch.bfloat16, 512, "_attend_padded"),
-        ((7, 5), torch.float16, 64, "_attend_padded"),
+        ((9, 0), True, torch.bfloat16, 64, "_attend_varlen"),
+        ((9, 0), False, torch.bfloat16, 64, "_attend_padded"),
+        ((9, 0), True, torch.float32, 64, "_attend_padded"),
+        ((9, 0), True, torch.bfloat16, 512, "_attend_padded"),
+        ((7, 5), True, torch.float16, 64, "_attend_padded"),
     ],
 )
 def test_a_cuda_device_without_the_kernel_pads_inside_attention(
-    capability: tuple[int, int], dtype: torch.dtype, head_dim: int, expected: str, monkeypatch: pytest.MonkeyPatch
+    capability: tuple[int, int],
+    built: bool,
+    dtype: torch.dtype,
+    head_dim: int,
+    expected: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: built)
     attention.attention_for.cache_clear()
     try:
         assert attention.attention_for(torch.device("cuda:0"), dtype, head_dim).__name__ == expected

@@ -91,7 +91,7 @@ def test_parts_of_a_gated_block_are_not_multiplied_in_batches(
     monkeypatch.setitem(inplace.ROWS, "cpu", 4)
     block = gated("silu").to(dtype)
     work_in_place(block)
-    with torch.profiler.profile() as profile:
+    with torch.profiler.profile(acc_events=True) as profile:
         block["mlp"](torch.randn(1, 29, 16, dtype=dtype))
     names = {event.key for event in profile.key_averages()}
     assert "aten::mm" in names

@@ -85,12 +85,10 @@ def is_one_kernel(device: torch.device, dtype: torch.dtype, head_dim: int) -> bo
 
 
 def _has_varlen(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
-    try:
-        importlib.import_module("torch.nn.attention.varlen")
-    except ImportError:  # torch < 2.10
-        return False
+    """Whether flash attention was built into this torch, and takes this device and these states."""
     half = dtype in (torch.float16, torch.bfloat16)
-    return half and head_dim <= 256 and head_dim % 8 == 0 and torch.cuda.get_device_capability(device) >= (8, 0)
+    takes = half and head_dim <= 256 and head_dim % 8 == 0 and torch.cuda.get_device_capability(device) >= (8, 0)
+    return takes and torch.backends.cuda.is_flash_attention_available()
 
 
 def _attend_segments(
