@@ -4,9 +4,11 @@ import pickle
 from pathlib import Path
 
 import pytest
+from benchmark import Workload, _first
 from benchmark_peers import OURS, PeerMissing
 from benchmark_process import Contender
 from conftest import DATA
+from rich.console import Console
 
 from bge_rerank_plugins import Scorer
 
@@ -35,3 +37,17 @@ def test_what_goes_wrong_in_a_contenders_process_is_raised_here(tmp_path: Path) 
     missing = pickle.loads(pickle.dumps(PeerMissing("pip install it")))
     assert isinstance(missing, PeerMissing)
     assert str(missing) == "pip install it"
+
+
+def test_a_peer_that_fails_is_named_and_left_out_and_this_package_is_not(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.json").write_text('{"architectures": ["NoSuchModel"]}')
+    workload = Workload("three", QUERY, PASSAGES)
+    with Contender("encoder", OURS, tmp_path, "float32", "cpu") as broken:
+        assert _first("a peer", broken, workload, Console(width=1000)) is None
+        printed = capsys.readouterr().out
+        with pytest.raises(ValueError, match="NoSuchModel"):
+            _first(OURS, broken, workload, Console(width=1000))
+    assert printed.startswith("failed: a peer (")
+    assert "NoSuchModel" in printed
