@@ -1,6 +1,11 @@
 """Packs filled up to a few sizes, as CUDA graphs need them, on a CPU: the same scores. The graphs themselves need a GPU."""
 
+import threading
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +17,7 @@ from bge_rerank_plugins import Scorer
 from bge_rerank_plugins.core import encoder
 from bge_rerank_plugins.core.checkpoint import Checkpoint
 from bge_rerank_plugins.core.families import family_of
-from bge_rerank_plugins.core.graphs import SEQUENCES, SIZES, Graphs, Run, graphs_for
+from bge_rerank_plugins.core.graphs import SEQUENCES, SIZES, Graphs, Run, _Recorder, graphs_for
 from bge_rerank_plugins.core.packing import Pack, pack_sequences
 from bge_rerank_plugins.settings import RerankSettings
 
@@ -144,6 +149,59 @@ def test_a_worker_that_has_graphs_scores_with_them(monkeypatch: pytest.MonkeyPat
 
 def test_there_are_none_on_a_cpu(family: Any) -> None:
     assert graphs_for(family, {"hidden_size": 64, "num_attention_heads": 4}, CPU, torch.bfloat16) is None
+
+
+class Cuda:
+    """What `torch.cuda` promises of streams and captures, for two devices, without computing aside."""
+
+    def __init__(self) -> None:
+        self.capturing: list[str] = []
+        self.captured: list[tuple[str, str]] = []
+        self._thread = threading.local()
+
+    def graph_pool_handle(self) -> tuple[int, int]:
+        return (0, 1)
+
+    def Stream(self, device: torch.device) -> Any:
+        return SimpleNamespace(device=str(device), default=False, wait_stream=lambda other: None)
+
+    def current_stream(self) -> Any:
+        return SimpleNamespace(device=str(self._thread.device), default=True, wait_stream=lambda other: None)
+
+    @contextmanager
+    def device(self, device: torch.device) -> Iterator[None]:
+        self._thread.device = device
+        yield
+
+    @contextmanager
+    def stream(self, stream: Any) -> Iterator[None]:
+        yield
+
+    def CUDAGraph(self) -> Any:
+        return SimpleNamespace(replay=lambda: None)
+
+    @contextmanager
+    def graph(self, graph: Any, pool: Any, stream: Any, capture_error_mode: str) -> Iterator[None]:
+        """One at a time in a process, on a stream of the device; other threads may go on using theirs."""
+        assert capture_error_mode == "thread_local"
+        assert not self.capturing
+        assert not stream.default
+        self.capturing.append(stream.device)
+        time.sleep(0.02)
+        yield
+        self.captured.append((stream.device, str(self._thread.device)))
+        self.capturing.clear()
+
+
+def test_two_devices_capture_in_turns_and_each_on_a_stream_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = Cuda()
+    monkeypatch.setattr(torch, "cuda", cuda)
+    recorders = [_Recorder(torch.device("cuda", index)) for index in (0, 1)]
+    buffer = torch.zeros(1)
+    with ThreadPoolExecutor(2) as threads:
+        for recorded in threads.map(lambda record: record(lambda numbers: numbers + 1, buffer), recorders * 4):
+            assert recorded(buffer).tolist() == [1]
+    assert sorted(cuda.captured) == [("cuda:0", "cuda:0")] * 4 + [("cuda:1", "cuda:1")] * 4
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="graphs run on CUDA only")

@@ -9,6 +9,7 @@ nothing of requests or text.
 from __future__ import annotations
 
 import logging
+import threading
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -153,22 +154,24 @@ def _numbers_of(pack: Pack, size: int) -> Tensor:
 
 
 class _Recorder:
-    """Captures CUDA graphs, which share their memory: they run one after another."""
+    """Captures a device's CUDA graphs, which share their memory: they run one after another."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._pool: Any = torch.cuda.graph_pool_handle()
+        # Unless it is given one, torch captures on a stream of the device that captured first.
+        self._stream: Any = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def __call__(self, run: Run, buffer: Tensor) -> Run:
-        with torch.cuda.device(self._device):
-            aside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-            aside.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(aside):  # what libraries set up at first use must not be captured
+        with _one_capture_at_a_time, torch.cuda.device(self._device):
+            current = torch.cuda.current_stream()
+            self._stream.wait_stream(current)
+            with torch.cuda.stream(self._stream):  # what libraries set up at first use must not be captured
                 run(buffer)
                 run(buffer)
-            torch.cuda.current_stream().wait_stream(aside)
+            current.wait_stream(self._stream)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
                 scores = run(buffer)
 
         def replay(_: Tensor) -> Tensor:
@@ -176,3 +179,7 @@ class _Recorder:
             return scores
 
         return replay
+
+
+_one_capture_at_a_time = threading.Lock()
+"""torch allows no more in a process, and every device's worker captures in a thread of its own."""
