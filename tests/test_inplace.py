@@ -130,6 +130,31 @@ def test_norms_in_parts_compute_what_they_did(
     assert max(seen[:-1]) <= 7, "not in parts"
 
 
+@pytest.mark.parametrize("kind", [GemmaRMSNorm, GraniteRMSNorm, Qwen3RMSNorm])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 2**-7)])
+@pytest.mark.parametrize("offset", [0.5, 60.0])
+@torch.inference_mode()
+def test_norms_in_one_kernel_compute_what_they_did(
+    kind: Any, dtype: torch.dtype, tolerance: float, offset: float
+) -> None:
+    """As on a GPU, also where a weight is so large that one more of it would not show in half precision."""
+    norm = kind(16).to(dtype)
+    norm.weight.copy_(torch.rand(16) + offset)
+    in_one_kernel = inplace.norm_in_one_kernel(norm)
+    assert in_one_kernel is not None
+    assert in_one_kernel.func is (inplace._scaled_from_one if kind is GemmaRMSNorm else inplace._scaled)
+    states = torch.randn(1, 29, 16, dtype=dtype)
+    torch.testing.assert_close(in_one_kernel(states), norm(states), rtol=tolerance, atol=tolerance)
+
+
+def test_a_norm_of_another_kind_stays_what_it_is() -> None:
+    class OddRMSNorm(GraniteRMSNorm):
+        def forward(self, states: torch.Tensor) -> torch.Tensor:
+            return super().forward(states) + 1
+
+    assert inplace.norm_in_one_kernel(OddRMSNorm(16)) is None
+
+
 def test_a_block_with_an_activation_that_is_not_known_is_left_alone() -> None:
     other = gated("relu")
     assert type(ACT2FN["relu"]) not in inplace._IN_PLACE
