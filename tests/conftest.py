@@ -79,7 +79,7 @@ def classifier_dirs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 @pytest.fixture(scope="session")
 def causal_dirs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """A tiny checkpoint with wide weights for every causal language model beside the oracle's, with the oracle's tokenizer."""
+    """A tiny checkpoint with wide weights for every causal language model of the table, with the oracle's tokenizer."""
     import transformers
 
     shape = {
@@ -102,6 +102,7 @@ def causal_dirs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         "Mistral": {"sliding_window": 40},
         "Qwen2": half_sliding,
         "Qwen3": {"head_dim": 16, **half_sliding},
+        "Gemma": {"head_dim": 16},
     }
     directories = {}
     for seed, (name, options) in enumerate(particular.items()):
