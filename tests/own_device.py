@@ -180,9 +180,8 @@ class _Guard(_acc.DeviceGuard):
         return torch._C._autograd.DeviceType.PrivateUse1
 
 
-torch.__future__.set_overwrite_module_params_on_conversion(
-    True
-)  # a parameter's data cannot be exchanged for another tensor
+# A parameter's data cannot be exchanged for another tensor here.
+torch.__future__.set_overwrite_module_params_on_conversion(True)
 _setup_privateuseone_for_python_backend(NAME, _Module, _Hooks(), _Guard())
 _library = torch.library.Library("aten", "IMPL")
 for _name, _function in {
@@ -196,33 +195,7 @@ for _name, _function in {
     _library.impl(_name, _function, "PrivateUse1")
 
 
-@torch.library.custom_op("own_device::varlen", mutates_args=())
-def varlen(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    cu_seq_q: Tensor,
-    cu_seq_k: Tensor,
-    max_q: int,
-    max_k: int,
-    scale: float,
-    window: list[int],
-    enable_gqa: bool,
-) -> Tensor:
-    """What `torch.nn.attention.varlen.varlen_attn` promises, as one operation of the device."""
-    from test_attention import varlen_by_contract
-
-    longest = [int(bounds.diff().max()) for bounds in (cu_seq_q, cu_seq_k)]
-    assert longest[0] <= max_q
-    assert longest[1] <= max_k
-    states = (states.float() for states in (query, key, value))
-    left, right = window
-    attended = varlen_by_contract(
-        *states, cu_seq_q, cu_seq_k, *longest, scale=scale, window_size=(left, right), enable_gqa=enable_gqa
-    )
-    return attended.to(query.dtype)
-
-
+@torch.library.custom_op("own_device::varlen_attn", mutates_args=())
 def varlen_attn(
     query: Tensor,
     key: Tensor,
@@ -233,8 +206,14 @@ def varlen_attn(
     max_k: int,
     *,
     scale: float,
-    window_size: tuple[int, int],
-    enable_gqa: bool = False,
+    window_size: list[int],
 ) -> Tensor:
-    window = list(window_size)
-    return torch.ops.own_device.varlen(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, scale, window, enable_gqa)
+    """The kernel of torch 2.11 as one operation of the device; `max_q` and `max_k` may be more than the longest."""
+    from test_attention import earlier_varlen
+
+    longest = [int(bounds.diff().max()) for bounds in (cu_seq_q, cu_seq_k)]
+    assert longest[0] <= max_q
+    assert longest[1] <= max_k
+    states = (states.float() for states in (query, key, value))
+    left, right = window_size
+    return earlier_varlen(*states, cu_seq_q, cu_seq_k, *longest, scale=scale, window_size=(left, right)).to(query.dtype)

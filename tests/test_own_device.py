@@ -47,7 +47,19 @@ def scored_there(model: str, kernel: str, **options: Any) -> tuple[list[float], 
 
 
 @pytest.fixture(
-    params=["encoder", "decoder", "layerwise", "roberta", "bert", "Gemma2", "Llama", "Mistral", "Qwen2", "Qwen3"]
+    params=[
+        "encoder",
+        "decoder",
+        "layerwise",
+        "roberta",
+        "bert",
+        "Gemma",
+        "Gemma2",
+        "Llama",
+        "Mistral",
+        "Qwen2",
+        "Qwen3",
+    ]
 )
 def model(request: pytest.FixtureRequest, classifier_dirs: dict[str, str], causal_dirs: dict[str, str]) -> str:
     name: str = request.param
