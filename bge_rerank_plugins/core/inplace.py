@@ -150,14 +150,14 @@ class RootMeanSquareNorm(nn.Module):
         norm: The norm that it replaces.
     """
 
-    def __init__(self, norm: nn.Module) -> None:
+    def __init__(self, norm: Any) -> None:
         super().__init__()
         self._norm = norm
-        self._in_one_kernel = norm_in_one_kernel(norm)
+        self._in_one_kernel = None if norm.weight.device.type == "cpu" else norm_in_one_kernel(norm)
 
     def forward(self, states: Tensor) -> Tensor:
         """Shape (..., features), as `states`."""
-        if states.device.type != "cpu" and self._in_one_kernel is not None:
+        if self._in_one_kernel is not None:
             return self._in_one_kernel(states)
         numbers = NUMBERS_AT_HAND.get(states.device.type, states.numel())
         if states.numel() <= numbers:
