@@ -20,11 +20,12 @@ import platform
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -39,6 +40,8 @@ from rich.table import Table
 from tokenizers import Tokenizer
 
 from bge_rerank_plugins.docstrings import standard_library
+
+_T = TypeVar("_T")
 
 QUERY = "How do I read a file line by line without loading all of it into memory?"
 
@@ -173,17 +176,23 @@ def _contenders(
     for name in CONTENDERS[options.family]:
         if options.peer and name not in (*options.peer, OURS, CUTOFF):
             continue
-        try:
-            contender = Contender(options.family, name, directory, options.dtype, options.device)
-        except PeerMissing as missing:
-            console.print(f"skipped: {name} ({missing})", style="yellow")
-        except Exception as error:  # of whatever kind a peer raises where it does not run
-            if name == OURS:
-                raise
-            console.print(f"failed: {name} ({error!r})", style="red")
-        else:
+        prepare = partial(Contender, options.family, name, directory, options.dtype, options.device)
+        if (contender := _tried(name, prepare, console)) is not None:
             contenders[name] = stack.enter_context(contender)
     return contenders
+
+
+def _tried(name: str, work: Callable[[], _T], console: Console) -> _T | None:
+    """What a contender does; None, and a line that says why, for a peer that is missing or fails."""
+    try:
+        return work()
+    except PeerMissing as missing:
+        console.print(f"skipped: {name} ({missing})", style="yellow")
+    except Exception as error:  # of whatever kind a peer raises
+        if name == OURS:
+            raise
+        console.print(f"failed: {name} ({error!r})", style="red")
+    return None
 
 
 def _in_turns(
@@ -200,12 +209,15 @@ def _in_turns(
     lengths, prefix = _lengths(directory, family, workload)
     flop = [shape.necessary_flop(length, prefix) for length in lengths]
     tflop = (flop[0][0] + sum(own for _, own in flop)) / 1e12  # the query once
-    first = {name: _first(name, contender, workload, console) for name, contender in contenders.items()}
-    scores = {name: found for name, found in first.items() if found is not None}
+    score = {
+        name: partial(contender.score, workload.query, workload.passages) for name, contender in contenders.items()
+    }
+    first = {name: _tried(name, score[name], console) for name in score}
+    scores = {name: found[0] for name, found in first.items() if found is not None}
     seconds: dict[str, list[float]] = {name: [] for name in scores}
     for _ in range(runs):
         for name in scores:
-            seconds[name].append(contenders[name].score(workload.query, workload.passages)[1])
+            seconds[name].append(score[name]()[1])
     ours = scores[OURS]
     return [
         Result(
@@ -220,16 +232,6 @@ def _in_turns(
         )
         for name in scores
     ]
-
-
-def _first(name: str, contender: Contender, workload: Workload, console: Console) -> list[float] | None:
-    try:
-        return contender.score(workload.query, workload.passages)[0]
-    except Exception as error:  # of whatever kind a peer raises
-        if name == OURS:
-            raise
-        console.print(f"failed: {name} ({error!r})", style="red")
-        return None
 
 
 def _lengths(directory: Path, family: str, workload: Workload) -> tuple[list[int], int]:

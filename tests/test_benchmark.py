@@ -1,10 +1,11 @@
 """The benchmark's contenders, which live in processes of their own, score as they do in this one."""
 
 import pickle
+from functools import partial
 from pathlib import Path
 
 import pytest
-from benchmark import Workload, _first
+from benchmark import _tried
 from benchmark_peers import OURS, PeerMissing
 from benchmark_process import Contender
 from conftest import DATA
@@ -43,11 +44,11 @@ def test_a_peer_that_fails_is_named_and_left_out_and_this_package_is_not(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "config.json").write_text('{"architectures": ["NoSuchModel"]}')
-    workload = Workload("three", QUERY, PASSAGES)
     with Contender("encoder", OURS, tmp_path, "float32", "cpu") as broken:
-        assert _first("a peer", broken, workload, Console(width=1000)) is None
+        score = partial(broken.score, QUERY, PASSAGES)
+        assert _tried("a peer", score, Console(width=1000)) is None
         printed = capsys.readouterr().out
         with pytest.raises(ValueError, match="NoSuchModel"):
-            _first(OURS, broken, workload, Console(width=1000))
+            _tried(OURS, score, Console(width=1000))
     assert printed.startswith("failed: a peer (")
     assert "NoSuchModel" in printed
