@@ -91,8 +91,14 @@ def test_every_implementation_is_plain_attention(
     torch.testing.assert_close(got.double(), want, atol=tolerance, rtol=tolerance)
 
 
+@pytest.mark.parametrize("kernel", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_attention_from_the_first_rows_alone_is_that_of_the_whole_pack(dtype: torch.dtype) -> None:
+def test_attention_from_the_first_rows_alone_is_that_of_the_whole_pack(
+    dtype: torch.dtype, kernel: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if kernel:
+        install(varlen_by_contract, monkeypatch)
+        monkeypatch.setattr(attention, "attention_for", lambda *_: attention._attend_varlen)
     query, key, value = states(UNSHARED, dtype, heads=4, kv_heads=4)
     got = attention.attend_from_first_rows(query[UNSHARED.first_rows], key, value, UNSHARED, 8**-0.5)
     want = plain(query, key, value, UNSHARED, False, None, None)[UNSHARED.first_rows]
@@ -112,9 +118,11 @@ def varlen_by_contract(
     scale: float,
     window_size: tuple[int, int],
     enable_gqa: bool = False,
+    num_splits: int | None = None,
 ) -> Tensor:
     """What `torch.nn.attention.varlen.varlen_attn` promises: a window of (left, right) keys around each query, the last
     query aligned with the last key."""
+    assert num_splits == 1, "what shares a pack would change the order of sums"
     assert max_q == cu_seq_q.diff().max()
     assert max_k == cu_seq_k.diff().max()
     assert enable_gqa or query.shape[1] == key.shape[1]
@@ -136,7 +144,13 @@ def varlen_by_contract(
 
 def earlier_varlen(*states_and_bounds: Any, scale: float, window_size: tuple[int, int]) -> Tensor:
     """The same as torch 2.11 has it, which takes fewer key heads than heads without a word."""
-    return varlen_by_contract(*states_and_bounds, scale=scale, window_size=window_size, enable_gqa=True)
+    return varlen_by_contract(*states_and_bounds, scale=scale, window_size=window_size, enable_gqa=True, num_splits=1)
+
+
+def install(varlen_attn: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel: Any = types.ModuleType("torch.nn.attention.varlen")
+    kernel.varlen_attn = varlen_attn
+    monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", kernel)
 
 
 @pytest.mark.parametrize("kv_heads", [2, 4])
@@ -151,9 +165,7 @@ def test_the_cuda_call_asks_the_kernel_for_plain_attention(
     kv_heads: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    kernel: Any = types.ModuleType("torch.nn.attention.varlen")
-    kernel.varlen_attn = varlen_attn
-    monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", kernel)
+    install(varlen_attn, monkeypatch)
     query, key, value = states(pack, kv_heads=kv_heads)
     got = attention._attend_varlen(query, key, value, pack, 8**-0.5, causal, window, softcap)
     torch.testing.assert_close(
@@ -229,5 +241,17 @@ def test_a_cuda_device_without_the_kernel_pads_inside_attention(
     attention.attention_for.cache_clear()
     try:
         assert attention.attention_for(torch.device("cuda:0"), dtype, head_dim).__name__ == expected
+    finally:
+        attention.attention_for.cache_clear()
+
+
+def test_rocm_pads_inside_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its kernels are others under the same name: some take no windows, some align queries and keys at the start."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 4))
+    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    attention.attention_for.cache_clear()
+    try:
+        assert attention.attention_for(torch.device("cuda:0"), torch.bfloat16, 64).__name__ == "_attend_padded"
     finally:
         attention.attention_for.cache_clear()

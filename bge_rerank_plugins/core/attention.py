@@ -86,6 +86,8 @@ def is_one_kernel(device: torch.device, dtype: torch.dtype, head_dim: int) -> bo
 
 def _has_varlen(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
     """Whether flash attention was built into this torch, and takes this device and these states."""
+    if torch.version.hip is not None:  # ROCm's kernels align the last query otherwise, or take no windows
+        return False
     half = dtype in (torch.float16, torch.bfloat16)
     takes = half and head_dim <= 256 and head_dim % 8 == 0 and torch.cuda.get_device_capability(device) >= (8, 0)
     return takes and torch.backends.cuda.is_flash_attention_available()
@@ -237,31 +239,49 @@ def _attend_varlen(
     """One call for the whole pack. Keys longer than queries align at the end, which is what a shared prefix needs."""
     if softcap is not None:  # the kernel has no soft cap
         return _attend_padded(query, key, value, pack, scaling, causal, window, softcap)
-    varlen_attn = importlib.import_module("torch.nn.attention.varlen").varlen_attn
-    grouped = query.shape[1] != key.shape[1] and _asks_about_groups(varlen_attn)
     if pack.key_rows is not None:
         key, value = key[pack.key_rows], value[pack.key_rows]
     behind = -1 if window is None else window - 1
     ahead = 0 if causal else behind
+    bounds = pack.cu_seqlens_q, pack.cu_seqlens_k, pack.longest_q, pack.longest_k
+    return _by_kernel(query, key, value, *bounds, scaling, (behind, ahead))
+
+
+def _by_kernel(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    longest_q: int,
+    longest_k: int,
+    scaling: float,
+    window: tuple[int, int],
+) -> Tensor:
+    """The kernel's output, in one pass over the keys of each query, so that it does not depend on what shares the pack.
+
+    Where it may split the keys, torch from 2.14 on takes cuDNN's kernel on some GPUs, which plans anew for every size.
+    """
+    varlen_attn = importlib.import_module("torch.nn.attention.varlen").varlen_attn
+    options = {"enable_gqa": query.shape[1] != key.shape[1], "num_splits": 1}  # torch 2.11 takes groups unasked
     output: Tensor = varlen_attn(
         query.contiguous(),
         key.contiguous(),
         value.contiguous(),
-        pack.cu_seqlens_q,
-        pack.cu_seqlens_k,
-        pack.longest_q,
-        pack.longest_k,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        longest_q,
+        longest_k,
         scale=scaling,
-        window_size=(behind, ahead),
-        **({"enable_gqa": True} if grouped else {}),
+        window_size=window,
+        **{name: value for name, value in options.items() if name in _parameters_of(varlen_attn)},
     )
     return output
 
 
 @cache
-def _asks_about_groups(kernel: Callable[..., Any]) -> bool:
-    """Whether the kernel wants to be told that heads share key heads; torch before 2.12 takes that unasked."""
-    return "enable_gqa" in inspect.signature(kernel).parameters
+def _parameters_of(kernel: Callable[..., Any]) -> frozenset[str]:
+    return frozenset(inspect.signature(kernel).parameters)
 
 
 def _attend_padded(
@@ -305,7 +325,9 @@ def _attend_padded(
 
 
 def attend_from_first_rows(query: Tensor, key: Tensor, value: Tensor, pack: Pack, scaling: float) -> Tensor:
-    """Attention of the first token of each sequence alone, over its own sequence, in float32; for packs without prefixes.
+    """Attention of the first token of each sequence alone, over its own sequence; for packs without prefixes.
+
+    In float32 where there is no kernel for it.
 
     Args:
         query: Shape (sequences, heads, head_dim).
@@ -317,6 +339,9 @@ def attend_from_first_rows(query: Tensor, key: Tensor, value: Tensor, pack: Pack
     Returns:
         Output of the shape of `query`.
     """
+    if is_one_kernel(key.device, key.dtype, key.shape[-1]):
+        rows = torch.arange(len(query) + 1, dtype=torch.int32, device=key.device)
+        return _by_kernel(query, key, value, rows, pack.cu_seqlens_k, 1, pack.longest_k, scaling, (-1, -1))
     lengths = pack.cu_seqlens_q.diff()
     sequence = torch.repeat_interleave(torch.arange(len(lengths), device=key.device), lengths, output_size=len(pack))
     logits = (query[sequence].float() * key.float()).sum(-1) * scaling  # (tokens, heads)
