@@ -6,9 +6,12 @@ Knows nothing of either framework, and nothing of torch.
 from __future__ import annotations
 
 import asyncio
+import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from copy import copy
 from typing import Any, Protocol, runtime_checkable
+from weakref import WeakSet
 
 from pydantic import Field, PrivateAttr, ValidationInfo, field_validator
 from typing_extensions import Self
@@ -31,6 +34,64 @@ class SupportsScore(Protocol):
         ...
 
 
+class _Holders(WeakSet["_Hold"]):
+    """Who shares a scorer.
+
+    Attributes:
+        scorer: The scorer, once one of them has used it.
+    """
+
+    scorer: Scorer | None = None
+
+
+class _Hold:
+    """An adapter's hold on its scorer, which the adapter's copies share, each until it is closed or given other options.
+
+    No part of what an adapter is: any two are equal, and none is pickled.
+    """
+
+    def __init__(self, holders: _Holders | None = None) -> None:
+        self._holders = _Holders() if holders is None else holders
+        self._holders.add(self)
+
+    def scorer_for(self, settings: RerankSettings) -> Scorer:
+        """The scorer of the holders, or another one, with the loaded model if that will do, where it has other options."""
+        scorer = self._holders.scorer
+        if scorer is None:
+            self._holders.scorer = scorer = Scorer.from_settings(settings)
+        elif not scorer.has_settings_of(settings):
+            scorer = scorer.with_settings(settings)
+            self._leave()
+            self._holders.scorer = scorer
+        return scorer
+
+    def close(self) -> None:
+        """Closes the scorer, unless others hold it."""
+        left = self._leave()
+        if left.scorer is not None and not left:
+            left.scorer.close()
+
+    def _leave(self) -> _Holders:
+        left, self._holders = self._holders, _Holders()
+        left.discard(self)
+        self._holders.add(self)
+        return left
+
+    def __copy__(self) -> _Hold:
+        return _Hold(self._holders)
+
+    def __deepcopy__(self, _: dict[int, Any]) -> _Hold:
+        return _Hold(self._holders)
+
+    def __reduce__(self) -> tuple[type[_Hold], tuple[()]]:
+        return _Hold, ()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Hold)
+
+    __hash__ = object.__hash__
+
+
 class ScorerSettings(RerankSettings):
     """Options of something that scores: those of the reranker, or a scorer in place of them.
 
@@ -47,7 +108,7 @@ class ScorerSettings(RerankSettings):
         description="Object with `score(query, passages)` to use in place of a local model; not serialised.",
     )
 
-    _own_scorer: Scorer | None = PrivateAttr(default=None)
+    _hold: _Hold = PrivateAttr(default_factory=_Hold)
 
     @field_validator("model")
     @classmethod
@@ -62,8 +123,8 @@ class ScorerSettings(RerankSettings):
     def _scorer_or_model(cls, scorer: Any, info: ValidationInfo) -> Any:
         if scorer is None and info.data.get("model") == "":
             raise ValueError("model='': name a model, or give a scorer")
-        if scorer is not None and (isinstance(scorer, type) or not isinstance(scorer, SupportsScore)):
-            raise ValueError(f"scorer={scorer!r}: expected an object with a method score(query, passages)")
+        if scorer is not None and not _can_score(scorer):
+            raise ValueError(f"scorer={scorer!r:.80}: expected an object with a method score(query, passages)")
         return scorer
 
     @property
@@ -71,31 +132,33 @@ class ScorerSettings(RerankSettings):
         """The model's name, or that of the scorer's class, for traces."""
         return self.model or type(self.scorer).__name__
 
+    def warmup(self) -> None:
+        """Loads the model and scores one pair, so that the first request does not wait for it, or fails for want of it.
+
+        A `scorer` that was given is asked to, if it can.
+        """
+        scorer: Any = self._active_scorer()
+        if callable(getattr(scorer, "warmup", None)):
+            scorer.warmup()
+
     def close(self) -> None:
         """Gives the model back; the last user of several with equal settings frees its memory. It loads again at next use.
 
         A `scorer` that was given belongs to who gave it, and stays open.
         """
-        scorer, self._own_scorer = self._own_scorer, None
-        if scorer is not None:
-            scorer.close()
+        self._hold.close()
 
     def __copy__(self) -> Self:
-        """A copy has a scorer of its own (and shares the loaded model), so that closing one leaves the other open."""
+        """A copy shares the loaded model, for as long as either is used; closing one leaves the other open."""
         copied = super().__copy__()
-        copied._own_scorer = None
+        copied._hold = copy(self._hold)
         return copied
 
     def _active_scorer(self) -> SupportsScore:
         """The scorer given, or one for the settings as they are now."""
         if self.scorer is not None:
             return self.scorer  # type: ignore[no-any-return]
-        scorer = self._own_scorer
-        if scorer is None:
-            self._own_scorer = scorer = Scorer.from_settings(self)
-        elif not scorer.has_settings_of(self):
-            self._own_scorer = scorer = scorer.with_settings(self)
-        return scorer
+        return self._hold.scorer_for(self)
 
 
 class AdapterSettings(ScorerSettings):
@@ -132,8 +195,10 @@ class AdapterSettings(ScorerSettings):
         if not texts or top_n == 0:
             return []
         scorer = self._active_scorer()
-        if hasattr(scorer, "ascore"):
-            scores = await scorer.ascore(query, texts)
+        ascore = getattr(scorer, "ascore", None)
+        if callable(ascore):
+            scores = ascore(query, texts)
+            scores = await scores if inspect.isawaitable(scores) else scores
         else:
             scores = await asyncio.to_thread(scorer.score, query, texts)
         return rank_scores(checked_scores(scores, texts), top_n, self.score_threshold)
@@ -154,11 +219,26 @@ class AdapterSettings(ScorerSettings):
         ]
 
 
+def _can_score(scorer: Any) -> bool:
+    """Whether it has a method that takes a query and passages."""
+    if isinstance(scorer, type) or not isinstance(scorer, SupportsScore):
+        return False
+    try:
+        inspect.signature(scorer.score).bind("query", ["passage"])
+    except TypeError:
+        return False
+    except ValueError:  # it is not written in Python, and cannot be asked
+        return callable(scorer.score)
+    return True
+
+
 def checked_scores(scores: Sequence[float], passages: Sequence[object]) -> list[float]:
     """Scores as Python floats. A scorer that is not ours may return anything."""
     try:
+        if isinstance(scores, (str, bytes, Mapping)):
+            raise TypeError(f"{type(scores).__name__} is no list of numbers")
         checked = [float(score) for score in scores]
-    except TypeError as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"the scorer returned {scores!r:.80}: expected a list of numbers") from error
     if len(checked) != len(passages):
         raise ValueError(f"the scorer returned {len(checked)} scores for {len(passages)} passages")

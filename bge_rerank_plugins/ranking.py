@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from numbers import Integral, Real
 from typing import NamedTuple
 
 
@@ -29,12 +30,12 @@ def rank_scores(
 
 def check_cut(top_n: int | None, score_threshold: float | None) -> None:
     """Raises ValueError for a `top_n` or `score_threshold` that cannot be meant."""
-    if top_n is not None and (isinstance(top_n, bool) or not isinstance(top_n, int) or top_n < 0):
+    if top_n is not None and (isinstance(top_n, bool) or not isinstance(top_n, Integral) or top_n < 0):
         raise ValueError(f"top_n={top_n!r}: expected a whole number from 0, or None for all")
     if score_threshold is not None and (
         isinstance(score_threshold, bool)
-        or not isinstance(score_threshold, (int, float))
-        or math.isnan(score_threshold)
+        or not isinstance(score_threshold, Real)
+        or score_threshold != score_threshold  # not a number
     ):
         raise ValueError(f"score_threshold={score_threshold!r}: expected a number, or None for no threshold")
 

@@ -22,7 +22,9 @@ class RerankSettings(BaseModel):
         pydantic.ValidationError: A `ValueError` that names the option, the value and what is allowed.
     """
 
-    model_config = ConfigDict(extra="forbid", validate_assignment=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", validate_assignment=True, protected_namespaces=(), ser_json_inf_nan="constants"
+    )
 
     model: str = Field(
         description="Hub id, such as BAAI/bge-reranker-v2-m3, or local directory of the checkpoint; "

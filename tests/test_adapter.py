@@ -1,3 +1,4 @@
+import asyncio
 import copy
 import itertools
 import math
@@ -5,6 +6,7 @@ import pickle
 import threading
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -13,6 +15,7 @@ from llama_index.core.schema import NodeWithScore, TextNode
 
 from bge_rerank_plugins import Scorer, langchain, llama_index
 from bge_rerank_plugins.adapter import AdapterSettings
+from bge_rerank_plugins.core.engine import Engine
 
 MODEL = str(Path(__file__).parent / "data" / "encoder")
 PASSAGES = ["hi", "Pandas eat bamboo.", "The giant panda is a bear.", "datetime.strptime parses a string."]
@@ -254,6 +257,119 @@ def test_closing_a_copy_leaves_the_original_open(adapter):
         assert scores_in_order(copied) == scores
         copied.close()
         assert scores_in_order(reranker) == scores
+
+
+@ADAPTERS
+@pytest.mark.parametrize(
+    "copied", [copy.copy, copy.deepcopy, lambda reranker: reranker.model_copy(update={"top_n": 1})]
+)
+def test_copies_made_for_each_request_load_the_model_once(adapter, copied, monkeypatch):
+    """A copy was the only one to hold the model while its original had not been used: it was loaded for every request."""
+    loads, start = [], Engine.__init__
+
+    def counted(self, settings):
+        loads.append(settings)
+        start(self, settings)
+
+    monkeypatch.setattr(Engine, "__init__", counted)
+    base = adapter(model=MODEL, max_batch_tokens=777)
+    for _ in range(3):
+        assert reranked(copied(base), PASSAGES)
+    assert len(loads) == 1
+    assert reranked(base, PASSAGES)
+    base.close()
+    assert len(loads) == 1
+
+
+@ADAPTERS
+def test_the_last_of_copies_to_close_frees_the_model(adapter):
+    before = workers()
+    base = adapter(model=MODEL, max_batch_tokens=778)
+    copies = [copy.copy(base), copy.deepcopy(base)]
+    reranked(copies[0], PASSAGES)
+    for closed in (copies[0], base):
+        closed.close()
+        assert len(workers() - before) == 1
+    copies[1].close()
+    assert workers() == before
+
+
+@ADAPTERS
+def test_a_copy_with_other_options_goes_its_own_way(adapter, reference):
+    base = adapter(model=MODEL, top_n=None)
+    other = base.model_copy(update={"normalize": True})
+    raw = scores_in_order(base)
+    assert scores_in_order(other) == pytest.approx([1 / (1 + math.exp(-score)) for score in raw])
+    other.close()
+    assert scores_in_order(base) == raw == pytest.approx(reference.score(QUERY, PASSAGES), abs=1e-5)
+
+
+@ADAPTERS
+def test_what_an_adapter_has_loaded_is_no_part_of_what_it_is(adapter):
+    reranker = adapter(model=MODEL)
+    loaded = pickle.loads(pickle.dumps(reranker))
+    reranked(reranker, PASSAGES)
+    if adapter is langchain.BGERerank:  # LlamaIndex' callback managers are compared by identity
+        assert reranker == loaded == copy.copy(reranker) == adapter(model=MODEL)
+    assert reranker._hold == loaded._hold
+    assert reranker != adapter(model=MODEL, max_length=9)
+
+
+@ADAPTERS
+def test_a_model_that_cannot_be_loaded_fails_at_warmup(adapter, tmp_path):
+    with pytest.raises(ValueError, match="nowhere"):
+        adapter(model=str(tmp_path / "nowhere"), local_files_only=True).warmup()
+    adapter(scorer=NumberScorer()).warmup()
+    before = workers()
+    reranker = adapter(model=MODEL, max_batch_tokens=779)
+    reranker.warmup()
+    assert len(workers() - before) == 1
+    reranker.close()
+
+
+@ADAPTERS
+def test_an_infinite_threshold_outlives_json(adapter):
+    """It became null, which is no threshold at all."""
+    reranker = adapter(model=MODEL, score_threshold=math.inf)
+    assert adapter.model_validate_json(reranker.model_dump_json()).score_threshold == math.inf
+
+
+@ADAPTERS
+def test_numbers_of_numpy_are_numbers(adapter):
+    reranker = adapter(scorer=NumberScorer(), top_n=np.int64(1), score_threshold=np.float32(0.5))
+    assert reranked(reranker, ["0", "3", "1"]) == [(1, 3)]
+    assert (type(reranker.top_n), type(reranker.score_threshold)) == (int, float)
+
+
+@ADAPTERS
+@pytest.mark.parametrize("scores", [{0: 1.0, 1: 2.0}, "12", b"12", [10**400, 1], ["x", 1], [[1, 2], [3, 4]]])
+def test_what_is_no_list_of_numbers_is_refused(adapter, scores):
+    """Keys of a dictionary were taken for scores, and so were the digits of a string."""
+    with pytest.raises(ValueError, match="expected a list of numbers"):
+        reranked(adapter(scorer=Returning(scores)), ["a", "b"])
+
+
+@ADAPTERS
+def test_a_scorer_of_pairs_is_refused_at_construction(adapter):
+    with pytest.raises(ValueError, match=r"expected an object with a method score\(query, passages\)"):
+        adapter(scorer=langchain.BGECrossEncoder(model=MODEL))
+
+
+@ADAPTERS
+def test_an_ascore_that_is_no_coroutine_is_taken_as_well(adapter):
+    class Both(NumberScorer):
+        def ascore(self, query, passages):
+            return self.score(query, passages)
+
+    reranker = adapter(scorer=Both(), top_n=1)
+    texts = ["0", "3", "1"]
+    if adapter is langchain.BGERerank:
+        (best,) = asyncio.run(reranker.acompress_documents([Document(text) for text in texts], QUERY))
+        assert best.page_content == "3"
+    else:
+        nodes = [NodeWithScore(node=TextNode(text=text)) for text in texts]
+        (best,) = asyncio.run(reranker.apostprocess_nodes(nodes, query_str=QUERY))
+        assert best.node.get_content() == "3"
 
 
 @ADAPTERS
