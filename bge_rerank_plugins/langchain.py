@@ -5,14 +5,15 @@ Takes the text out of documents, asks the scorer, writes scores into copies. Kno
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from types import EllipsisType
 from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
 from .adapter import AdapterSettings, ScorerSettings, checked_scores
-from .texts import requests_of_pairs
+from .texts import by_place, requests_of_pairs
 
 try:
     from langchain_core.callbacks import AsyncCallbackManager, CallbackManager, Callbacks
@@ -83,15 +84,9 @@ class BGERerank(AdapterSettings, BaseDocumentCompressor):
             >>> reranker.compress_documents([Document("hi"), Document("Pandas eat bamboo.")], "pandas")  # doctest: +SKIP
             [Document(metadata={'relevance_score': 3.1}, page_content='Pandas eat bamboo.'), ...]
         """
-        manager = CallbackManager.configure(inheritable_callbacks=_ambient(callbacks))
-        run = manager.on_chain_start(None, _inputs(documents, query), name=type(self).__name__)
-        try:
-            ranked = self._rank(query, _texts(documents, Document), self.top_n)
-            compressed = self._copies(documents, ranked)
-        except BaseException as error:
-            run.on_chain_error(error)
-            raise
-        run.on_chain_end({"documents": compressed})
+        given = _listed(documents)
+        with self._traced(given, query, callbacks) as compressed:
+            compressed += self._compressed(given, query)
         return compressed
 
     async def acompress_documents(
@@ -110,22 +105,25 @@ class BGERerank(AdapterSettings, BaseDocumentCompressor):
         Raises:
             ValueError: The query is not a string, something is not a `Document`, or the model cannot be loaded.
         """
+        given = _listed(documents)
         manager = AsyncCallbackManager.configure(inheritable_callbacks=_ambient(callbacks))
-        run = await manager.on_chain_start(None, _inputs(documents, query), name=type(self).__name__)
+        run = await manager.on_chain_start(None, _inputs(given, query), name=type(self).__name__)
         try:
-            ranked = await self._arank(query, _texts(documents, Document), self.top_n)
-            compressed = self._copies(documents, ranked)
+            compressed = await self._acompressed(given, query)
         except BaseException as error:  # a cancelled task, too, must not leave its run open
             await run.on_chain_error(error)
             raise
         await run.on_chain_end({"documents": compressed})
         return compressed
 
-    def compress_documents_batch(self, requests: Sequence[tuple[Sequence[Document], str]]) -> list[list[Document]]:
+    def compress_documents_batch(
+        self, requests: Sequence[tuple[Sequence[Document], str]], callbacks: Callbacks | None = None
+    ) -> list[list[Document]]:
         """Reranks for several queries at once; their documents share the device's work, which is faster than one by one.
 
         Args:
             requests: (documents, query) of each, in the order of `compress_documents`.
+            callbacks: Where to report the runs, one for each request. By default those of the chain that this is called in.
 
         Returns:
             For each request what `compress_documents` returns.
@@ -133,11 +131,13 @@ class BGERerank(AdapterSettings, BaseDocumentCompressor):
         Raises:
             ValueError: As `compress_documents`, naming the request by its place.
         """
-        texts = [(query, _texts(documents, Document)) for documents, query in requests]
-        return [
-            self._copies(documents, ranked)
-            for (documents, _), ranked in zip(requests, self._rank_batch(texts), strict=True)
-        ]
+        given = by_place(requests, "(documents, query)", lambda documents, query: (_listed(documents), query))
+        texts = by_place(given, "", lambda documents, query: (query, _texts(documents, Document)))
+        with ExitStack() as runs:
+            compressed = [runs.enter_context(self._traced(documents, query, callbacks)) for documents, query in given]
+            for (documents, _), into, ranked in zip(given, compressed, self._rank_batch(texts), strict=True):
+                into += self._copies(documents, ranked)
+        return compressed
 
     def as_runnable(self) -> RunnableLambda[dict[str, Any], list[Document]]:
         """This reranker as a step of a chain, from {"documents": ..., "query": ...} to the reranked documents.
@@ -149,14 +149,15 @@ class BGERerank(AdapterSettings, BaseDocumentCompressor):
             >>> chain.invoke("what is panda?")  # doctest: +SKIP
             [Document(...), ...]
         """
+        return RunnableLambda(self._invoke, afunc=self._ainvoke, name=type(self).__name__)
 
-        def invoke(given: dict[str, Any]) -> list[Document]:
-            return self.compress_documents(given["documents"], given["query"])
+    def _invoke(self, given: dict[str, Any]) -> list[Document]:
+        return self._compressed(
+            _listed(given["documents"]), given["query"]
+        )  # the step's own run is the one to be traced
 
-        async def ainvoke(given: dict[str, Any]) -> list[Document]:
-            return await self.acompress_documents(given["documents"], given["query"])
-
-        return RunnableLambda(invoke, afunc=ainvoke, name=type(self).__name__)
+    async def _ainvoke(self, given: dict[str, Any]) -> list[Document]:
+        return await self._acompressed(_listed(given["documents"]), given["query"])
 
     def rerank(
         self, documents: Sequence[Document | str], query: str, *, top_n: int | EllipsisType | None = ...
@@ -178,7 +179,7 @@ class BGERerank(AdapterSettings, BaseDocumentCompressor):
             >>> reranker.rerank(["hi", "Pandas eat bamboo."], "what do pandas eat?", top_n=1)  # doctest: +SKIP
             [{'index': 1, 'relevance_score': 3.1}]
         """
-        return _results(self._rank(query, _texts(documents, (Document, str)), self._top_n_or(top_n)))
+        return _results(self._rank(query, _texts(_listed(documents), (Document, str)), self._top_n_or(top_n)))
 
     async def arerank(
         self, documents: Sequence[Document | str], query: str, *, top_n: int | EllipsisType | None = ...
@@ -196,10 +197,29 @@ class BGERerank(AdapterSettings, BaseDocumentCompressor):
         Raises:
             ValueError: `top_n` is negative, the query is not a string, or something is neither document nor string.
         """
-        return _results(await self._arank(query, _texts(documents, (Document, str)), self._top_n_or(top_n)))
+        return _results(await self._arank(query, _texts(_listed(documents), (Document, str)), self._top_n_or(top_n)))
 
     def _top_n_or(self, top_n: int | EllipsisType | None) -> int | None:
         return self.top_n if isinstance(top_n, EllipsisType) else top_n
+
+    @contextmanager
+    def _traced(self, documents: list[Document], query: str, callbacks: Callbacks) -> Iterator[list[Document]]:
+        """A run, whatever happens in it; the list given is to be filled with what is returned."""
+        manager = CallbackManager.configure(inheritable_callbacks=_ambient(callbacks))
+        run = manager.on_chain_start(None, _inputs(documents, query), name=type(self).__name__)
+        compressed: list[Document] = []
+        try:
+            yield compressed
+        except BaseException as error:
+            run.on_chain_error(error)
+            raise
+        run.on_chain_end({"documents": compressed})
+
+    def _compressed(self, documents: list[Document], query: str) -> list[Document]:
+        return self._copies(documents, self._rank(query, _texts(documents, Document), self.top_n))
+
+    async def _acompressed(self, documents: list[Document], query: str) -> list[Document]:
+        return self._copies(documents, await self._arank(query, _texts(documents, Document), self.top_n))
 
     def _copies(self, documents: Sequence[Document], ranked: Sequence[RankedPassage]) -> list[Document]:
         # A copy, not a new Document, which would lose the id and the class.
@@ -246,12 +266,13 @@ class BGECrossEncoder(ScorerSettings, BaseCrossEncoder):
             >>> BGECrossEncoder(model="BAAI/bge-reranker-v2-m3").score([("what is panda?", "hi")])  # doctest: +SKIP
             [-8.1875]
         """
-        requests = requests_of_pairs(text_pairs)
+        pairs = list(text_pairs)
+        requests = requests_of_pairs(pairs)
         scorer = self._active_scorer()
         if hasattr(scorer, "score_pairs"):
-            return checked_scores(scorer.score_pairs(text_pairs), text_pairs)
+            return checked_scores(scorer.score_pairs(pairs), pairs)
         scores = [score for query, passages in requests for score in scorer.score(query, passages)]
-        return checked_scores(scores, text_pairs)
+        return checked_scores(scores, pairs)
 
 
 def _ambient(callbacks: Callbacks) -> Callbacks:
@@ -263,9 +284,15 @@ def _inputs(documents: Sequence[Document], query: str) -> dict[str, Any]:
     return {"query": query, "documents": documents}
 
 
-def _texts(documents: Sequence[Document | str], accepted: type | tuple[type, ...]) -> list[str]:
-    if isinstance(documents, (str, Document)):  # both are iterable, and neither is meant to be
+def _listed(documents: Iterable[Any]) -> list[Any]:
+    """The documents as a list, whatever they come in: they are gone through more than once."""
+    # Strings and documents are iterable, and neither is meant to be.
+    if isinstance(documents, (str, Document)) or not isinstance(documents, Iterable):
         raise ValueError(f"documents={documents!r:.80}: expected a list")
+    return list(documents)
+
+
+def _texts(documents: list[Any], accepted: type | tuple[type, ...]) -> list[str]:
     for index, document in enumerate(documents):
         if not isinstance(document, accepted):
             raise ValueError(f"documents[{index}]={document!r:.80}: expected a Document, got {type(document).__name__}")

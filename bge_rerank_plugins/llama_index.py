@@ -5,20 +5,21 @@ Takes the text out of nodes, asks the scorer, returns new `NodeWithScore` object
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel, Field, field_validator
+from pydantic import BaseModel, Field, field_validator, model_validator
 
 from .adapter import AdapterSettings
+from .texts import by_place
 
 try:
     from llama_index.core.callbacks import CallbackManager, CBEventType, EventPayload
     from llama_index.core.instrumentation import get_dispatcher  # type: ignore[attr-defined]
     from llama_index.core.instrumentation.events.rerank import ReRankEndEvent, ReRankStartEvent
     from llama_index.core.postprocessor.types import BaseNodePostprocessor
-    from llama_index.core.schema import MetadataMode, NodeWithScore, QueryBundle
+    from llama_index.core.schema import BaseNode, MetadataMode, NodeWithScore, QueryBundle
 except ImportError as error:
     raise ImportError(
         f'the LlamaIndex adapter needs llama-index-core ({error}): pip install "bge-rerank-plugins[llama-index]"'
@@ -80,28 +81,45 @@ class BGERerank(AdapterSettings, BaseNodePostprocessor):
         """Name of this class in serialised form."""
         return "BGERerank"
 
+    @model_validator(mode="before")
+    @classmethod
+    def _without_class_name(cls, given: Any) -> Any:
+        """LlamaIndex writes the name of the class among the fields, and reads them back without it in `from_dict` alone."""
+        if isinstance(given, dict):
+            return {name: value for name, value in given.items() if name != "class_name"}
+        return given
+
+    # Not LlamaIndex's own, which removes what cannot be pickled from the living object, the scorer along with it, and calls
+    # a subclass' `__init__` with fields.
     def __getstate__(self) -> dict[str, Any]:
         """Settings travel; the loaded model and the callback manager stay where they are."""
-        # Not LlamaIndex's own, which removes what cannot be pickled from the living object, and the scorer along with it.
         state = BaseModel.__getstate__(self)
         fields = {name: value for name, value in state["__dict__"].items() if name != "callback_manager"}
-        return {**state, "__dict__": fields, "__pydantic_private__": None}
+        return {**state, "__dict__": fields}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        BaseModel.__setstate__(
+            self, {**state, "__dict__": {**state["__dict__"], "callback_manager": CallbackManager()}}
+        )
 
     def _postprocess_nodes(
         self, nodes: list[NodeWithScore], query_bundle: QueryBundle | None = None
     ) -> list[NodeWithScore]:
-        with self._reported(nodes, query_bundle) as returned:
-            returned += self._copies(nodes, self._rank(_query(query_bundle), self._texts(nodes), self.top_n))
+        nodes, bundle = _given(nodes, query_bundle)
+        with self._reported(nodes, bundle) as returned:
+            returned += self._copies(nodes, self._rank(_query(bundle), self._texts(nodes), self.top_n))
         return returned
 
     @dispatcher.span
     async def _apostprocess_nodes(
         self, nodes: list[NodeWithScore], query_bundle: QueryBundle | None = None
     ) -> list[NodeWithScore]:
-        with self._reported(nodes, query_bundle) as returned:
-            returned += self._copies(nodes, await self._arank(_query(query_bundle), self._texts(nodes), self.top_n))
+        nodes, bundle = _given(nodes, query_bundle)
+        with self._reported(nodes, bundle) as returned:
+            returned += self._copies(nodes, await self._arank(_query(bundle), self._texts(nodes), self.top_n))
         return returned
 
+    @dispatcher.span
     def postprocess_nodes_batch(
         self, requests: Sequence[tuple[list[NodeWithScore], QueryBundle | str]]
     ) -> list[list[NodeWithScore]]:
@@ -116,8 +134,8 @@ class BGERerank(AdapterSettings, BaseNodePostprocessor):
         Raises:
             ValueError: As `postprocess_nodes`, naming the request by its place.
         """
-        bundles = [(nodes, QueryBundle(query) if isinstance(query, str) else query) for nodes, query in requests]
-        texts = [(_query(bundle), self._texts(nodes)) for nodes, bundle in bundles]
+        bundles = by_place(requests, "(nodes, query)", _given)
+        texts = by_place(bundles, "", lambda nodes, bundle: (_query(bundle), self._texts(nodes)))
         with ExitStack() as reports:
             returned = [reports.enter_context(self._reported(nodes, bundle)) for nodes, bundle in bundles]
             for (nodes, _), into, ranked in zip(bundles, returned, self._rank_batch(texts), strict=True):
@@ -146,7 +164,7 @@ class BGERerank(AdapterSettings, BaseNodePostprocessor):
             dispatcher.event(ReRankEndEvent(nodes=returned))
 
     def _texts(self, nodes: Sequence[NodeWithScore]) -> list[str]:
-        return [node.node.get_content(metadata_mode=self.metadata_mode) or "" for node in nodes]
+        return [_scored_node(node.node).get_content(metadata_mode=self.metadata_mode) or "" for node in nodes]
 
     def _copies(self, nodes: Sequence[NodeWithScore], ranked: Sequence[RankedPassage]) -> list[NodeWithScore]:
         return [
@@ -157,10 +175,31 @@ class BGERerank(AdapterSettings, BaseNodePostprocessor):
         ]
 
 
+def _given(
+    nodes: Iterable[NodeWithScore], query_bundle: QueryBundle | str | None
+) -> tuple[list[NodeWithScore], QueryBundle | None]:
+    """The nodes as a list, whatever they come in, and the query in LlamaIndex's form."""
+    if isinstance(nodes, (str, BaseModel)) or not isinstance(nodes, Iterable):
+        raise ValueError(f"nodes={nodes!r:.80}: expected a list")
+    listed = list(nodes)
+    for index, node in enumerate(listed):
+        if not isinstance(node, NodeWithScore):
+            raise ValueError(f"nodes[{index}]={node!r:.80}: expected a NodeWithScore, got {type(node).__name__}")
+    return listed, QueryBundle(query_bundle) if isinstance(query_bundle, str) else query_bundle
+
+
 def _query(query_bundle: QueryBundle | None) -> str:
     if query_bundle is None:
         raise ValueError("query_bundle=None: reranking needs a query; give query_bundle or query_str")
     return query_bundle.query_str
+
+
+def _scored_node(node: BaseNode) -> BaseNode:
+    """The node without a score that `keep_retrieval_score` once put there, which `MetadataMode.ALL` would show."""
+    if RETRIEVAL_SCORE not in node.metadata or RETRIEVAL_SCORE not in node.excluded_embed_metadata_keys:
+        return node
+    metadata = {key: value for key, value in node.metadata.items() if key != RETRIEVAL_SCORE}
+    return node.model_copy(update={"metadata": metadata})
 
 
 def _with_retrieval_score(node: NodeWithScore) -> NodeWithScore:

@@ -1,6 +1,9 @@
 """Is it text? The checks on what is given to be scored. Knows nothing of tokens or models."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, TypeVar
+
+_Checked = TypeVar("_Checked")
 
 
 def checked_texts(query: str, passages: Iterable[str]) -> list[str]:
@@ -24,15 +27,24 @@ def checked_requests(requests: Iterable[tuple[str, Sequence[str]]]) -> list[tupl
     Raises:
         ValueError: As `checked_texts`; the message names the request by its place.
     """
-    checked = []
+    return by_place(requests, "(query, passages)", lambda query, passages: (query, checked_texts(query, passages)))
+
+
+def by_place(requests: Iterable[Any], form: str, checked: Callable[[Any, Any], _Checked]) -> list[_Checked]:
+    """What `checked` makes of the two parts of each request.
+
+    Raises:
+        ValueError: Something is not two parts, or `checked` raised it; the message names the request by its place.
+    """
+    results = []
     for index, request in enumerate(requests):
         if isinstance(request, str) or not isinstance(request, Sequence) or len(request) != 2:
-            raise ValueError(f"requests[{index}]: expected (query, passages), got {_shown(request)}")
+            raise ValueError(f"requests[{index}]: expected {form}, got {_shown(request)}")
         try:
-            checked.append((request[0], checked_texts(*request)))
+            results.append(checked(*request))
         except ValueError as error:
             raise ValueError(f"requests[{index}]: {error}") from error
-    return checked
+    return results
 
 
 def requests_of_pairs(pairs: Iterable[tuple[str, str]]) -> list[tuple[str, list[str]]]:

@@ -1,6 +1,7 @@
 import asyncio
 import copy
 import json
+import pickle
 import subprocess
 import sys
 import threading
@@ -476,3 +477,56 @@ def test_import_and_construction_load_neither_torch_nor_transformers():
         "assert not {'torch', 'transformers', 'llama_index'} & set(sys.modules)"
     )
     assert (done.returncode, done.stderr, done.stdout) == (0, "", "")
+
+
+def test_documents_may_come_from_a_generator(documents):
+    """They are gone through more than once: a generator was used up, and nothing came back."""
+    reranker = BGERerank(scorer=LengthScorer(), top_n=1)
+    longest = max(TEXTS, key=len)
+    assert [found.page_content for found in reranker.compress_documents(iter(documents), QUERY)] == [longest]
+    assert [found.page_content for found in reranker.compress_documents(dict(enumerate(documents)).values(), QUERY)]
+    assert asyncio.run(reranker.acompress_documents(iter(documents), QUERY))[0].page_content == longest
+    assert reranker.rerank(iter(TEXTS), QUERY)[0]["index"] == TEXTS.index(longest)
+    batch = reranker.compress_documents_batch((iter(documents), query) for query in (QUERY, "b"))
+    assert [[found.page_content for found in of] for of in batch] == [[longest], [longest]]
+    pairs = [(QUERY, text) for text in TEXTS]
+    assert BGECrossEncoder(scorer=LengthScorer()).score(iter(pairs)) == [len(text) for text in TEXTS]
+    assert BGECrossEncoder(model=MODEL).score(zip(*zip(*pairs, strict=True), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("requests", "message"),
+    [
+        ([([Document("a")], "q"), (["x"], "z")], r"requests\[1\]: documents\[0\]='x': expected a Document"),
+        ([([Document("a")],)], r"requests\[0\]: expected \(documents, query\)"),
+        ([([Document("a")], None)], r"requests\[0\]: query=None"),
+        ([(7, "q")], r"requests\[0\]: documents=7: expected a list"),
+    ],
+)
+def test_a_request_of_a_batch_that_is_refused_is_named(requests, message):
+    with pytest.raises(ValueError, match=message):
+        BGERerank(scorer=LengthScorer()).compress_documents_batch(requests)
+
+
+def test_a_batch_is_a_run_for_each_request(documents):
+    recorder = Recorder()
+    reranker = BGERerank(scorer=LengthScorer(), top_n=1)
+    reranker.compress_documents_batch([(documents, "a"), ([], "b")], callbacks=[recorder])
+    assert [(run["inputs"]["query"], len(run["outputs"]["documents"])) for run in recorder.runs.values()] == [
+        ("a", 1),
+        ("b", 0),
+    ]
+    failing = Recorder()
+    with pytest.raises(KeyError):
+        BGERerank(scorer=LengthScorer(KeyError("x"))).compress_documents_batch([(documents, "a")] * 2, [failing])
+    assert [type(run["error"]) for run in failing.runs.values()] == [KeyError, KeyError]
+
+
+async def test_a_step_of_a_chain_is_one_run_and_can_be_pickled(documents):
+    step = BGERerank(model=MODEL, top_n=1).as_runnable()
+    given = {"documents": documents, "query": QUERY}
+    for found in (pickle.loads(pickle.dumps(step)).invoke(given), await step.ainvoke(given)):
+        assert len(found) == 1
+    recorder = Recorder()
+    step.invoke(given, {"callbacks": [recorder]})
+    assert [run["name"] for run in recorder.runs.values()] == ["BGERerank"]

@@ -29,7 +29,7 @@ from llama_index.core.schema import (
     RelatedNodeInfo,
     TextNode,
 )
-from pydantic import Field
+from pydantic import BaseModel, Field, PrivateAttr
 
 from bge_rerank_plugins import Scorer
 from bge_rerank_plugins.llama_index import BGERerank
@@ -439,3 +439,84 @@ def test_import_and_construction_load_neither_torch_nor_transformers():
         "assert not {'torch', 'transformers', 'langchain_core'} & set(sys.modules)"
     )
     assert (done.returncode, done.stderr, done.stdout) == (0, "", "")
+
+
+def test_what_pydantic_writes_it_reads_again():
+    """LlamaIndex writes `class_name` among the fields, which was then refused as an option that is not known."""
+
+    class Config(BaseModel):
+        reranker: BGERerank
+
+    reranker = BGERerank(model=MODEL, top_n=7)
+    assert BGERerank.model_validate_json(reranker.model_dump_json()).top_n == 7
+    assert BGERerank(**reranker.model_dump()).top_n == 7
+    assert Config.model_validate_json(Config(reranker=reranker).model_dump_json()).reranker.top_n == 7
+    with pytest.raises(ValueError, match="top_m"):
+        BGERerank(model=MODEL, top_m=7)
+
+
+class Preset(BGERerank):
+    """A subclass with a constructor of its own."""
+
+    _note: str = PrivateAttr(default="")
+
+    def __init__(self, preset):
+        super().__init__(model=preset, top_n=1)
+        self._note = "mine"
+
+
+def test_a_subclass_with_a_constructor_of_its_own_is_pickled_whole(nodes):
+    """LlamaIndex calls the constructor with the fields, and left an adapter without what was not among them."""
+    loaded = pickle.loads(pickle.dumps(Preset(MODEL)))
+    assert (loaded.top_n, loaded._note) == (1, "mine")
+    assert len(loaded.postprocess_nodes(nodes, query_str=QUERY)) == 1
+    loaded.close()
+    refused = pickle.loads(pickle.dumps(BGERerank(model=MODEL).model_copy(update={"top_n": -2})))
+    with pytest.raises(ValueError, match="top_n=-2"):
+        refused.postprocess_nodes(nodes, query_str=QUERY)
+
+
+async def test_nodes_may_come_from_a_generator_and_a_query_as_text(nodes):
+    """pydantic used a generator up for the event, and nothing came back."""
+    reranker = BGERerank(scorer=LengthScorer(), top_n=1)
+    (expected,) = reranker.postprocess_nodes(nodes, query_str=QUERY)
+    assert reranker.postprocess_nodes(iter(nodes), query_str=QUERY) == [expected]
+    assert reranker.postprocess_nodes(nodes, QUERY) == [expected]
+    assert await reranker.apostprocess_nodes(iter(nodes), query_str=QUERY) == [expected]
+    assert reranker.postprocess_nodes_batch((iter(nodes), query) for query in (QUERY, "b")) == [[expected]] * 2
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ([TextNode(text="a")], r"nodes\[0\]=.*expected a NodeWithScore, got TextNode"),
+        ([None], r"nodes\[0\]=None: expected a NodeWithScore"),
+        (TextNode(text="a"), "nodes=.*expected a list"),
+        ("text", "nodes='text': expected a list"),
+        (3, "nodes=3: expected a list"),
+    ],
+)
+def test_what_are_no_nodes_is_refused_by_its_place(given, message):
+    reranker = BGERerank(scorer=LengthScorer())
+    with pytest.raises(ValueError, match=message):
+        reranker.postprocess_nodes(given, query_str=QUERY)
+    with pytest.raises(ValueError, match=rf"requests\[1\]: {message}"):
+        reranker.postprocess_nodes_batch([([], QUERY), (given, QUERY)])
+    with pytest.raises(ValueError, match=r"requests\[0\]: query_bundle=None"):
+        reranker.postprocess_nodes_batch([([], None)])
+
+
+def test_a_retrieval_score_that_was_kept_is_scored_in_no_mode(nodes):
+    for mode in MetadataMode:
+        scorer = LengthScorer()
+        reranker = BGERerank(scorer=scorer, top_n=None, keep_retrieval_score=True, metadata_mode=mode)
+        reranker.postprocess_nodes(reranker.postprocess_nodes(nodes, query_str=QUERY), query_str=QUERY)
+        first, second = (set(passages) for _, passages in scorer.calls)
+        assert first == second
+
+
+def test_a_retrieval_score_of_the_users_own_is_text_like_any_other():
+    scorer = LengthScorer()
+    node = NodeWithScore(node=TextNode(text="a", metadata={"retrieval_score": "mine"}))
+    BGERerank(scorer=scorer, metadata_mode=MetadataMode.ALL).postprocess_nodes([node], query_str=QUERY)
+    assert "mine" in scorer.calls[0][1][0]
