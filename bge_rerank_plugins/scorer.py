@@ -16,7 +16,7 @@ from .call import ENCODE_AT_ONCE, Call, chunks_of, progress_bar
 from .lease import Lease
 from .ranking import RankedPassage, check_cut, rank_scores, sigmoid
 from .settings import Dtype, RerankSettings
-from .texts import checked_requests, checked_texts, requests_of_pairs, stream_of_requests
+from .texts import checked_requests, checked_texts, requests_of_pairs, scores_by_request, stream_of_requests
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -215,7 +215,8 @@ class Scorer:
             return []
         with progress_bar(len(texts), self._settings.show_progress) as advance:
             chunks = self._ascored_chunks([(query, texts)], len(texts))
-            return self._normalized([score async for chunk in chunks for score in advance(chunk)])
+            scores = [score async for chunk in chunks for score in advance(chunk)]
+        return self._normalized(scores_by_request([(query, texts)], scores)[0])
 
     def score_batch(self, requests: Iterable[tuple[str, Sequence[str]]]) -> list[list[float]]:
         """Scores several queries, each with its passages, at once; their pairs share packs.
@@ -242,8 +243,8 @@ class Scorer:
             return [[] for _ in checked]
         with progress_bar(pairs, self._settings.show_progress) as advance:
             chunks = self._ascored_chunks(checked, pairs)
-            scores = iter(self._normalized([score async for chunk in chunks for score in advance(chunk)]))
-        return [[next(scores) for _ in passages] for _, passages in checked]
+            scores = [score async for chunk in chunks for score in advance(chunk)]
+        return [self._normalized(of_request) for of_request in scores_by_request(checked, scores)]
 
     def score_stream(self, pairs: Iterable[tuple[str, str]]) -> Iterator[float]:
         """Scores any number of (query, passage) pairs in bounded memory.
@@ -353,8 +354,7 @@ class Scorer:
         pairs = sum(len(passages) for _, passages in requests)
         with progress_bar(pairs, self._settings.show_progress) as advance:
             chunks = self._scored_chunks(requests, pairs, cutoff_layers)
-            scores = iter([score for chunk in chunks for score in advance(chunk)])
-        return [[next(scores) for _ in passages] for _, passages in requests]
+            return scores_by_request(requests, [score for chunk in chunks for score in advance(chunk)])
 
     def _scored_chunks(
         self, requests: Iterable[tuple[str, Sequence[str]]], pairs: float, cutoff_layers: tuple[int, ...] = ()

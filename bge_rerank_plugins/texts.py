@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
-_Checked = TypeVar("_Checked")
+_T = TypeVar("_T")
 
 
 def checked_texts(query: str, passages: Iterable[str]) -> list[str]:
@@ -30,7 +30,7 @@ def checked_requests(requests: Iterable[tuple[str, Sequence[str]]]) -> list[tupl
     return by_place(requests, "(query, passages)", lambda query, passages: (query, checked_texts(query, passages)))
 
 
-def by_place(requests: Iterable[Any], form: str, checked: Callable[[Any, Any], _Checked]) -> list[_Checked]:
+def by_place(requests: Iterable[Any], form: str, checked: Callable[[Any, Any], _T]) -> list[_T]:
     """What `checked` makes of the two parts of each request.
 
     Raises:
@@ -45,6 +45,18 @@ def by_place(requests: Iterable[Any], form: str, checked: Callable[[Any, Any], _
         except ValueError as error:
             raise ValueError(f"requests[{index}]: {error}") from error
     return results
+
+
+def scores_by_request(requests: Sequence[tuple[str, Sequence[str]]], scores: Sequence[_T]) -> list[list[_T]]:
+    """The scores of all pairs of the requests, in order, as a list for each request.
+
+    A pair that is there twice gets one score, so that the two are a tie: what shares a pack moves the last digit.
+    """
+    remaining = iter(scores)
+    first: dict[tuple[str, str], _T] = {}
+    return [
+        [first.setdefault((query, passage), next(remaining)) for passage in passages] for query, passages in requests
+    ]
 
 
 def requests_of_pairs(pairs: Iterable[tuple[str, str]]) -> list[tuple[str, list[str]]]:

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from conftest import DATA
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import texts
@@ -131,6 +132,28 @@ def test_rank_orders_by_score_and_cuts(scorer: Scorer) -> None:
 
 
 scores_with_ties = st.lists(st.sampled_from([-1.5, 0.0, 0.25, 7.0]) | st.floats(-9, 9), max_size=12)
+
+
+@pytest.mark.parametrize("family", ["encoder", "decoder", "layerwise"])
+def test_a_passage_that_is_given_twice_ties_with_itself(family: str) -> None:
+    """What shares a pack moves the last digit, and the second of two equal passages could come first."""
+    passages = ["a", "a", "b", "panda"] * 5
+    same = [[i for i, text in enumerate(passages) if text == passage] for passage in passages]
+    with Scorer(str(DATA / family)) as scorer:
+        batch = scorer.score_batch([("panda", passages), ("panda", passages[::-1])])
+        for scores in (
+            scorer.score("panda", passages),
+            asyncio.run(scorer.ascore("panda", passages)),
+            scorer.score_pairs([("panda", text) for text in passages]),
+            batch[0],
+            batch[1][::-1],
+            *(scorer.score_layers("panda", passages, [3, 9]).values() if family == "layerwise" else ()),
+        ):
+            for i, places in enumerate(same):
+                assert {scores[place] for place in places} == {scores[i]}
+        ranked = [index for index, _ in scorer.rank("panda", passages)]
+        for places in same:
+            assert [index for index in ranked if index in places] == places
 
 
 @given(scores_with_ties, st.none() | st.integers(0, 14), st.none() | st.sampled_from([-1.5, 0.0, 0.25, 100.0]))
