@@ -1,4 +1,4 @@
-"""Which device and which precision, and why. Knows the machine; knows nothing of checkpoints beyond their family's name."""
+"""Which device and which precision, and why. Knows the machine; knows nothing of checkpoints."""
 
 from typing import NamedTuple
 
@@ -32,7 +32,8 @@ def choose_device(name: str | None) -> torch.device:
 
 def available_devices() -> list[str]:
     """Devices of this machine, best first; the CPU is always there."""
-    found = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+    # A driver that is too old for torch counts its devices, and cannot use them.
+    found = [f"cuda:{index}" for index in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     if accelerator is not None and accelerator.type != "cuda":
         found += [f"{accelerator.type}:{index}" for index in range(torch.accelerator.device_count())]

@@ -1,9 +1,9 @@
 """Small packs of cross-encoders on CUDA, replayed as graphs: one launch instead of one for every kernel of every layer.
 
 A graph computes on a buffer that never moves, so a pack is filled up to one of few sizes and its numbers are copied there. It
-is captured when a pack of its size first comes, and compared with the plain forward pass on that pack; where that fails, for
-whatever reason, there are no graphs any more. All but capture and replay is the same on a CPU, where the tests run it. Knows
-nothing of requests or text.
+is captured when a pack of its size first comes, and compared with the plain forward pass on that pack, not filled up; where that
+fails, for whatever reason, there are no graphs any more. All but capture and replay is the same on a CPU, where the tests run
+it. Knows nothing of requests or text.
 """
 
 from __future__ import annotations
@@ -34,8 +34,9 @@ tensors); a large GPU computes some 7,000 tokens of bge-reranker-v2-m3 in that t
 SEQUENCES = 128
 """Sequences that a graph has room for."""
 
-TOLERANCE = 0.02
-"""How far a graph's scores may be from the plain ones, of the largest of them; half precision rounds sizes differently."""
+TOLERANCE = 0.2
+"""How far a graph's scores may be from the plain ones, of the largest of them. Half precision rounds packs of other sizes
+otherwise, by some hundredths in checkpoints with wide weights; what is wrong with a graph is wrong by far."""
 
 Run = Callable[[Tensor], Tensor]
 """From the numbers of a pack, in one buffer, to its scores."""
@@ -81,7 +82,7 @@ class Graphs:
         numbers = _numbers_of(pack, size)
         if self._device.type == "cuda":
             numbers = numbers.pin_memory()
-        if size not in self._replays and not self._capture(size, numbers):
+        if size not in self._replays and not self._capture(size, numbers, sequences):
             return None
         buffer, replay = self._replays[size]
         buffer.copy_(numbers, non_blocking=True)
@@ -93,19 +94,19 @@ class Graphs:
             yield TokenSequence([0] * length, position_ids=[0] * length)
             missing -= length
 
-    def _capture(self, size: int, numbers: Tensor) -> bool:
+    def _capture(self, size: int, numbers: Tensor, sequences: Sequence[TokenSequence]) -> bool:
         """Captures the graph of a size; whether it computes what the plain forward pass does."""
+        # An error of the model's own is no reason to give graphs up.
+        expected = self._family.forward(pack_sequences(sequences, self._device))
         buffer = numbers.to(self._device)
 
         def run(numbers: Tensor) -> Tensor:
             return self._family.forward(self._pack(numbers, size))
 
-        expected = run(buffer)  # an error of the model's own is no reason to give graphs up
         try:
             replay = self._record(run, buffer)
-            got = replay(buffer)
-            count = len(self._segments)
-            difference = float((got - expected)[:count].abs().max() / expected[:count].abs().max())
+            got = replay(buffer)[: len(sequences)]
+            difference = float((got - expected).abs().max() / expected.abs().max())
             if not difference <= TOLERANCE:
                 raise ValueError(f"its scores are off by {difference:.2g} of the largest")
         except (RuntimeError, ValueError) as error:  # of torch, whose CUDA errors are RuntimeErrors, and of ours

@@ -179,9 +179,11 @@ class _Laid:
 def _in_one_copy(columns: dict[str, list[int]], device: torch.device) -> dict[str, Tensor]:
     """Lists as int64 tensors on a device, sent together; on CUDA from pinned memory, so that nobody waits for the copy."""
     joined = torch.tensor([value for column in columns.values() for value in column], dtype=torch.int64)
-    if device.type == "cuda":
+    pinned = device.type == "cuda"
+    if pinned:
         joined = joined.pin_memory()
-    parts = torch.split(joined.to(device, non_blocking=True), [len(column) for column in columns.values()])
+    # Other memory may be gone before a copy that nobody waits for has read it (MPS).
+    parts = torch.split(joined.to(device, non_blocking=pinned), [len(column) for column in columns.values()])
     return dict(zip(columns, parts, strict=True))
 
 
