@@ -40,6 +40,7 @@ class Call:
         self._windows: deque[list[int]] = deque()
         self.pending: deque[Future[list[Any]]] = deque()
         self._pairs_pending = 0
+        self._admitted = False
 
     def encode(self, query: str, passages: Sequence[str]) -> list[TokenSequence]:
         """Token ids of a chunk, a long passage in windows if the settings say so."""
@@ -51,10 +52,11 @@ class Call:
 
     def room(self, sequences: list[TokenSequence]) -> Future[None] | None:
         """None if the queue has room for a chunk, else what resolves when it is worth asking again."""
-        return self._engine.room(sum(map(len, sequences)), admitted=bool(self.pending))
+        return self._engine.room(sum(map(len, sequences)), admitted=self._admitted)
 
     def submit(self, sequences: list[TokenSequence]) -> None:
         """Queues a chunk."""
+        self._admitted = True
         self.truncated += sum(sequence.truncated for sequence in sequences)
         self.pending.append(self._engine.submit(sequences, self._job, self._cutoff_layers))
         self._pairs_pending += len(sequences)

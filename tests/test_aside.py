@@ -3,6 +3,7 @@ read, and everything that holds without that holds with it."""
 
 import asyncio
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -72,6 +73,62 @@ def test_the_next_pack_is_sent_before_the_last_is_read(expected: tuple[str, list
     packs = calls.count("start")
     assert packs > 5
     assert calls == ["start", *["start", "finish"] * (packs - 1), "finish"]
+
+
+class Later:
+    """When a device has copied its scores, as `torch.cuda.Event` tells it: when told to."""
+
+    def __init__(self) -> None:
+        self._happened = threading.Event()
+        self.set = self._happened.set
+        self.query = self._happened.is_set
+
+    def synchronize(self) -> None:
+        assert self._happened.wait(30)
+
+
+@pytest.mark.usefixtures("aside")
+def test_what_comes_while_a_pack_is_computed_is_sent_behind_it(
+    calls: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The thread waited for the pack, and the device for the thread, while the next passages were there."""
+    start, copied = Worker.start, [Later(), Later()]
+    waiting = iter(copied)
+
+    def slow(self: Worker, *arguments: Any, **options: Any) -> Pending:
+        return Pending(start(self, *arguments, **options).scores, next(waiting))
+
+    with small(ENCODER) as scorer, ThreadPoolExecutor(2) as pool:
+        monkeypatch.setattr(Worker, "start", slow)
+        calls.clear()
+        scored = []
+        for number in (1, 2):
+            scored.append(pool.submit(scorer.score, QUERY, PASSAGES[:number]))
+            until = time.monotonic() + 5
+            while calls.count("start") < number and time.monotonic() < until:
+                time.sleep(0.001)
+        sent = calls[:2]
+        for event in copied:
+            event.set()
+        assert sent == ["start", "start"]
+        assert [len(future.result(timeout=30)) for future in scored] == [1, 2]
+
+
+@pytest.mark.usefixtures("aside")
+def test_a_device_that_fails_while_its_pack_is_awaited_fails_its_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Broken:
+        def query(self) -> bool:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+        synchronize = query
+
+    start = Worker.start
+    with small(ENCODER) as scorer:
+        with monkeypatch.context() as patch:
+            patch.setattr(Worker, "start", lambda self, *a, **k: Pending(start(self, *a, **k).scores, Broken()))
+            with pytest.raises(RuntimeError, match="scoring failed: CUDA error"):
+                scorer.score(QUERY, PASSAGES[:1])
+        assert len(scorer.score(QUERY, PASSAGES[:1])) == 1
 
 
 @pytest.mark.usefixtures("aside")

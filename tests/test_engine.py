@@ -1,7 +1,9 @@
 """The engine under faults: a fault stays with the request it belongs to, and the next request succeeds."""
 
 import threading
+import weakref
 from collections.abc import Callable, Iterator
+from concurrent.futures import CancelledError
 from typing import Any
 
 import pytest
@@ -12,6 +14,7 @@ from torch import Tensor
 from bge_rerank_plugins import Scorer
 from bge_rerank_plugins.core.device import available_devices, choose_device, choose_precision
 from bge_rerank_plugins.core.packing import Pack
+from bge_rerank_plugins.core.schedule import Pair, Schedule
 from bge_rerank_plugins.core.worker import SMALLEST_BUDGET, budget_within, token_bytes
 
 MODEL = str(DATA / "encoder")
@@ -45,6 +48,73 @@ def test_an_error_of_the_model_reaches_the_caller_with_its_cause(scorer: Scorer)
     assert isinstance(caught.value.__cause__, KeyError)
     heal(scorer)
     assert len(scorer.score("a", ["b"])) == 1
+
+
+def test_a_call_that_is_cancelled_while_its_pairs_are_taken_leaves_the_worker(
+    scorer: Scorer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The worker had seen that something waited, found nothing to take, and took that for the end."""
+    take, cancelled = Schedule.take, []
+
+    def take_too_late(self: Schedule, *arguments: Any) -> list[Pair]:
+        if self._waiting and not cancelled:
+            cancelled.extend(request.future.cancel() for request in self._waiting)
+        return take(self, *arguments)
+
+    monkeypatch.setattr(Schedule, "take", take_too_late)
+    engine, family = scorer._lease.loaded()
+    request = engine.submit(family.encode("a", ["b"]), engine.open_job(1))
+    with pytest.raises(CancelledError):
+        request.result(timeout=30)
+    assert cancelled == [True]
+    assert len(scorer.score("a", ["b"])) == 1
+
+
+@pytest.mark.parametrize("end", ["cancelled", "scored", "closed", "died"])
+def test_who_waits_for_room_is_told_however_the_queue_empties(end: str) -> None:
+    gate, entered = threading.Event(), threading.Event()
+
+    def gated(pack: Pack, forward: Callable[[Pack], Tensor]) -> Tensor:
+        entered.set()
+        gate.wait(30)
+        if end == "died":
+            raise SystemExit("the worker is gone")
+        return forward(pack)
+
+    with Scorer(MODEL, max_queued_tokens=50) as bounded:
+        bounded.warmup()
+        inject(bounded, gated)
+        engine, family = bounded._lease.loaded()
+        first = engine.submit(family.encode("a", ["b"]), engine.open_job(1))
+        assert entered.wait(30)
+        second = engine.submit(family.encode("a", ["panda " * 50]), engine.open_job(1))
+        room = engine.room(50, admitted=False)
+        assert room is not None
+        assert not room.done()
+        if end == "cancelled":
+            second.cancel()
+        closing = threading.Thread(target=engine.close)
+        if end == "closed":
+            closing.start()
+            room.result(timeout=30)
+        gate.set()
+        room.result(timeout=30)
+        if end == "closed":
+            closing.join()
+        elif end != "died":
+            assert first.result(timeout=30)
+
+
+@pytest.mark.parametrize("family", ["encoder", "decoder", "layerwise"])
+def test_weights_are_gone_when_the_devices_memory_is_given_back(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The worker still held them, so that nothing was given back."""
+    loaded = Scorer(str(DATA / family), max_batch_tokens=777)
+    loaded.warmup()
+    weights = weakref.ref(next(loaded._lease.loaded()[1]._backbone.parameters()))  # type: ignore[attr-defined]
+    seen: list[object] = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: seen.append(weights()))
+    loaded.close()
+    assert seen == [None]
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -208,12 +278,20 @@ def test_a_gpu_is_found_with_and_without_its_number(
     name: str | None, expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A bare "cuda" was refused on machines that have one."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert str(choose_device(name)) == expected
     with pytest.raises(ValueError, match="device='cuda:2': not on this machine, which has cuda:0, cuda:1, cpu"):
         choose_device("cuda:2")
     with pytest.raises(ValueError, match="device='mps': not on this machine, which has cuda:0, cuda:1, cpu"):
         choose_device("mps")
+
+
+def test_a_gpu_that_torch_cannot_use_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the driver is too old for torch, its GPUs are counted; the default device was then one of them."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert str(choose_device(None)) == "cpu"
 
 
 @pytest.mark.parametrize(

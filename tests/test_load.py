@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -175,6 +176,30 @@ def test_a_full_queue_is_an_error_or_a_wait_by_choice() -> None:
             asyncio.run(strict.ascore("b", passages))
         stream.close()  # type: ignore[attr-defined]
         assert len(strict.score("a", ["b"])) == 1
+
+
+def test_a_stream_that_was_let_in_is_not_turned_away_later(encoder_dir: str) -> None:
+    """It counted as new whenever all that it had queued was scored, and broke off in the middle."""
+    with Scorer(encoder_dir, max_queued_tokens=3000, when_full="error") as strict:
+        stream = strict.score_stream(("a", "panda " * 20) for _ in range(640))
+        scores = [next(stream)]
+        stop = threading.Event()
+
+        def fill() -> None:
+            while not stop.is_set():
+                with suppress(QueueFullError):
+                    strict.score("b", ["panda " * 50] * 20)
+
+        others = [threading.Thread(target=fill) for _ in range(3)]
+        for other in others:
+            other.start()
+        try:
+            scores += stream
+        finally:
+            stop.set()
+            for other in others:
+                other.join()
+        assert len(scores) == 640
 
 
 def test_the_queue_never_holds_more_than_its_bound(encoder_dir: str) -> None:

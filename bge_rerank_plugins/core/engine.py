@@ -16,6 +16,7 @@ import logging
 import os
 import threading
 import time
+import traceback
 import weakref
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -38,6 +39,9 @@ if TYPE_CHECKING:
     from .sequences import TokenSequence
 
 logger = logging.getLogger("bge_rerank_plugins")
+
+LANDING_CHECKS = 0.0002
+"""Seconds between looks whether a pack is done, while another may yet be sent behind it; a GPU takes milliseconds for one."""
 
 STOP_TIMEOUT = 30.0
 """Seconds that `close` waits for the pack that a worker is at."""
@@ -231,13 +235,17 @@ class Engine:
     def _work(self, index: int, device_name: str | None) -> None:
         """Life of a worker thread: load, then score packs until closed."""
         try:
-            worker = Worker(self._settings, device_name)
-            self._report_loaded(index, worker.family)
-            self._run(worker)
+            self._load_and_run(index, device_name)
         except BaseException as error:  # whatever it is, nobody may wait for a thread that is gone
+            traceback.clear_frames(error.__traceback__)  # which hold the model
             self._die(error)
         finally:
             self._forget(index)
+
+    def _load_and_run(self, index: int, device_name: str | None) -> None:
+        worker = Worker(self._settings, device_name)  # gone with this frame, before the device's memory is given back
+        self._report_loaded(index, worker.family)
+        self._run(worker)
 
     def _report_loaded(self, index: int, family: Family) -> None:
         with self._changed:
@@ -262,7 +270,7 @@ class Engine:
         """
         flights: deque[_Flight] = deque()
         try:
-            while (pairs := self._next_pack(worker, wait=not flights)) or flights:
+            while (pairs := self._next_pack(worker, flights[0] if flights else None)) or flights:
                 flight = self._start(worker, pairs, alone=not flights) if pairs else None
                 if flight is not None:
                     flights.append(flight)
@@ -270,21 +278,26 @@ class Engine:
                     self._finish(worker, flights[0])
                     flights.popleft()
         except BaseException as error:
+            self._die(error)  # first: who is told may ask again at once
             for flight in flights:  # nobody else knows of them any more
                 give_error_to_all(flight.pairs, error)
             raise
 
-    def _next_pack(self, worker: Worker, *, wait: bool) -> list[Pair]:
-        """The next pack. Empty when the engine is closed, or when nothing waits and the caller does not want to, either."""
+    def _next_pack(self, worker: Worker, flight: _Flight | None) -> list[Pair]:
+        """The next pack, waited for. Empty when the engine is closed, or when nothing has come until `flight` has landed."""
         with self._changed:
-            while wait and not self._schedule and not self._closed and self._failure is None:
-                worker.kept = Prefixes()  # of requests that were cancelled
-                self._changed.wait()
-            if self._closed or self._failure is not None or not self._schedule:
-                return []
-            pairs = self._schedule.take(worker.budget, worker.kept)
-            self._admit()
-            return pairs
+            while not self._closed and self._failure is None:
+                # Requests are cancelled without the lock: what there is to do is known from having taken it only.
+                pairs = self._schedule.take(worker.budget, worker.kept)
+                self._admit()
+                if pairs or (flight is not None and flight.pending.landed):
+                    return pairs
+                if flight is None:
+                    worker.kept = Prefixes()  # of requests that were cancelled
+                    self._changed.wait()
+                else:
+                    self._changed.wait(LANDING_CHECKS)
+            return []
 
     def _admit(self) -> None:
         """Wakes those who wait for room in the queue; they ask again."""
@@ -308,6 +321,7 @@ class Engine:
                 keep={pair.sequence.group for pair in pairs if pair.prefix_is_needed_again},
             )
         except torch.OutOfMemoryError as error:
+            traceback.clear_frames(error.__traceback__)  # which hold what did fit of the pack
             with self._changed:
                 self._stats.out_of_memory += 1
             logger.warning("out of memory on %s with %d tokens at once; going on with less", worker.device, tokens)
@@ -321,6 +335,8 @@ class Engine:
                 self._schedule.put_back(pairs)
             return None
         except BaseException as error:
+            if not isinstance(error, Exception):
+                self._die(error)  # first: who is told may ask again at once
             give_error_to_all(pairs, error)
             if not isinstance(error, Exception):
                 raise  # the thread is meant to end

@@ -45,6 +45,14 @@ class Pending:
     scores: Tensor
     copied: Any = None
 
+    @property
+    def landed(self) -> bool:
+        """Whether the scores are there, or will never be: reading them then says why."""
+        try:
+            return self.copied is None or bool(self.copied.query())
+        except RuntimeError:
+            return True
+
 
 class Worker:
     """A device and a family loaded on it.
