@@ -1,6 +1,7 @@
 """The engine under faults: a fault stays with the request it belongs to, and the next request succeeds."""
 
 import threading
+import time
 import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError
@@ -12,10 +13,14 @@ from conftest import DATA
 from torch import Tensor
 
 from bge_rerank_plugins import Scorer
+from bge_rerank_plugins.core import layerwise
 from bge_rerank_plugins.core.device import available_devices, choose_device, choose_precision
+from bge_rerank_plugins.core.engine import EngineClosedError
+from bge_rerank_plugins.core.outcome import give_error, give_score
 from bge_rerank_plugins.core.packing import Pack
-from bge_rerank_plugins.core.schedule import Pair, Schedule
-from bge_rerank_plugins.core.worker import SMALLEST_BUDGET, budget_within, token_bytes
+from bge_rerank_plugins.core.schedule import Job, Pair, Request, Schedule
+from bge_rerank_plugins.core.sequences import TokenSequence
+from bge_rerank_plugins.core.worker import SMALLEST_BUDGET, Worker, budget_within, token_bytes
 
 MODEL = str(DATA / "encoder")
 
@@ -103,6 +108,84 @@ def test_who_waits_for_room_is_told_however_the_queue_empties(end: str) -> None:
             closing.join()
         elif end != "died":
             assert first.result(timeout=30)
+
+
+def test_a_pack_that_does_not_fit_while_the_scorer_is_closed_leaves_nobody_waiting() -> None:
+    """Its pairs were put back into a queue that nobody looked at any more."""
+    entered, gate = threading.Event(), threading.Event()
+
+    def full(pack: Pack, forward: Callable[[Pack], Tensor]) -> Tensor:
+        entered.set()
+        gate.wait(30)
+        raise torch.OutOfMemoryError("injected")
+
+    scorer = Scorer(MODEL, max_batch_tokens=776)
+    scorer.warmup()
+    inject(scorer, full)
+    engine, family = scorer._lease.loaded()
+    request = engine.submit(family.encode("a", ["b", "c"]), engine.open_job(2))
+    assert entered.wait(30)
+    closing = threading.Thread(target=scorer.close)
+    closing.start()
+    while engine.usable:
+        time.sleep(0.001)
+    gate.set()
+    with pytest.raises(EngineClosedError):
+        request.result(timeout=30)
+    closing.join()
+
+
+def test_closing_while_several_devices_load_leaves_nobody_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first to load forgot its model again, and what all waited for was then never complete."""
+    first, gate, init = threading.Event(), threading.Event(), Worker.__init__
+
+    def one_by_one(self: Worker, *arguments: Any) -> None:
+        if first.is_set():
+            gate.wait(30)
+        first.set()
+        init(self, *arguments)
+
+    monkeypatch.setattr(Worker, "__init__", one_by_one)
+    scorer = Scorer(MODEL, device=["cpu", "cpu"])
+    errors: list[BaseException | None] = []
+    engine = scorer._lease.acquired()
+    waiting = threading.Thread(target=lambda: errors.append(engine.loaded.exception(timeout=30)))
+    waiting.start()
+    while not any(engine._families):
+        time.sleep(0.001)
+    engine.close(wait=False)
+    waiting.join(timeout=30)
+    gate.set()
+    assert [type(error) for error in errors] == [EngineClosedError]
+    scorer.close()
+
+
+def test_a_request_that_two_threads_end_at_once_is_ended_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between the look whether it is finished and the telling, another device's thread told it: that killed the engine."""
+    request = Request([TokenSequence([1])], Job(1))
+    monkeypatch.setattr(Request, "finished", False)
+    give_error(request, ValueError("first"))
+    give_error(request, ValueError("second"))
+    give_score(Pair(request, 0), 1.0, torch.float32)
+    assert str(request.future.exception()) == "first"
+
+
+def test_layers_that_could_not_be_loaded_are_loaded_the_next_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half of them stood there, and every later call failed."""
+    fails, work = iter([True]), layerwise.work_in_place
+
+    def full(model: Any) -> None:
+        if next(fails, False):
+            raise torch.OutOfMemoryError("injected")
+        work(model)
+
+    with Scorer(str(DATA / "layerwise"), cutoff_layer=4) as scorer:
+        low = scorer.score("a", ["b"])
+        monkeypatch.setattr(layerwise, "work_in_place", full)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            scorer.score_layers("a", ["b"], [9])
+        assert scorer.score("a", ["b"]) == pytest.approx(low)
+        assert len(scorer.score_layers("a", ["b"], [4, 9])) == 2
 
 
 @pytest.mark.parametrize("family", ["encoder", "decoder", "layerwise"])

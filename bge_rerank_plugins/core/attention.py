@@ -345,11 +345,13 @@ def attend_from_first_rows(query: Tensor, key: Tensor, value: Tensor, pack: Pack
     lengths = pack.cu_seqlens_q.diff()
     sequence = torch.repeat_interleave(torch.arange(len(lengths), device=key.device), lengths, output_size=len(pack))
     logits = (query[sequence].float() * key.float()).sum(-1) * scaling  # (tokens, heads)
-    highest = torch.full(query.shape[:2], -torch.inf, device=key.device)
+    # float32 by name: while another model loads, transformers changes the default of the whole process.
+    highest = torch.full(query.shape[:2], -torch.inf, dtype=torch.float32, device=key.device)
     highest = highest.scatter_reduce(0, sequence[:, None].expand_as(logits), logits, "amax")
     weights = torch.exp(logits - highest[sequence])
     total = torch.zeros_like(highest).index_add(0, sequence, weights)
-    summed = torch.zeros(query.shape, device=key.device).index_add(0, sequence, weights[..., None] * value.float())
+    summed = torch.zeros(query.shape, dtype=torch.float32, device=key.device)
+    summed = summed.index_add(0, sequence, weights[..., None] * value.float())
     return (summed / total[..., None]).to(query.dtype)
 
 

@@ -32,7 +32,7 @@ from .sequences import computed_tokens
 from .worker import Pending, Worker
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     from ..settings import RerankSettings
     from .families import Family
@@ -210,8 +210,8 @@ class Engine:
             waiting = self._schedule.drain()
             self._admit()
             self._changed.notify_all()
-        for request in waiting:
-            give_error(request, EngineClosedError("the scorer was closed before this request was scored"))
+        if not self._exiting:
+            self._refuse(waiting)
         self._tokenizer_thread.shutdown(wait=False, cancel_futures=True)
         for worker in self._workers:
             if wait and worker is not threading.current_thread():
@@ -223,6 +223,14 @@ class Engine:
             self._exiting = True
             self._schedule.drain()
         self.close()
+
+    def forget_fork(self) -> None:
+        """In a forked copy of the process: drops the lock, which a thread that is not there may hold, and all that it guards."""
+        self._changed = threading.Condition()
+        self._schedule = Schedule()
+        self._room_waiters = []
+        self._closed = True
+        self._exiting = True
 
     def _raise_if_unusable(self) -> None:
         if self._pid != os.getpid():
@@ -256,11 +264,14 @@ class Engine:
 
     def _forget(self, index: int) -> None:
         """Drops the references to a worker's model, so that its memory is free."""
+        closed = EngineClosedError("the scorer is closed")
         with self._changed:
             self._families[index] = None
-            if self.loaded.done() and self.loaded.exception() is None:
+            if not self.loaded.done():  # other devices load yet, and nobody is to wait for them
+                self.loaded.set_exception(closed)
+            elif self.loaded.exception() is None:
                 self.loaded = Future()
-                self.loaded.set_exception(EngineClosedError("the scorer is closed"))
+                self.loaded.set_exception(closed)
         torch.cuda.empty_cache()  # does nothing where CUDA is not in use
 
     def _run(self, worker: Worker) -> None:
@@ -332,7 +343,10 @@ class Engine:
                 give_error(pairs[0].request, caused_by(error, f"out of memory on {worker.device}: {message}"))
                 return None
             with self._changed:
-                self._schedule.put_back(pairs)
+                if self.usable:
+                    self._schedule.put_back(pairs)
+                    return None
+            self._refuse(pair.request for pair in pairs)
             return None
         except BaseException as error:
             if not isinstance(error, Exception):
@@ -369,8 +383,16 @@ class Engine:
             if not self.loaded.done():
                 self.loaded.set_exception(error)
             self._changed.notify_all()
-        for request in waiting:
-            give_error(request, caused_by(error, f"the scoring thread has died: {error!r}"))
+        self._refuse(waiting)
+
+    def _refuse(self, requests: Iterable[Request]) -> None:
+        """Tells those who wait that nobody will score their pairs any more, and why."""
+        error = self._failure
+        for request in requests:
+            if error is None:
+                give_error(request, EngineClosedError("the scorer was closed before this request was scored"))
+            else:
+                give_error(request, caused_by(error, f"the scoring thread has died: {error!r}"))
 
 
 @dataclass(frozen=True)

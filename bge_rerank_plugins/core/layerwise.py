@@ -117,12 +117,12 @@ class Layerwise:
     def _use(self, top: int) -> None:
         """Loads the layers up to `top`."""
         model = self._load(top)
-        self._top = top
         self._backbone: Any = model.model
         work_in_place(self._backbone)
         self._heads = {
             layer: model.head_row(layer, self._prompt.answer_id).float() for layer in self.layers or () if layer <= top
         }
+        self._top = top
 
     def encode(self, query: str, passages: Sequence[str]) -> list[TokenSequence]:
         """The model card's token ids, the query as a prefix that the passages share."""
@@ -137,7 +137,7 @@ class Layerwise:
         asked = cutoff_layers or (self._cutoff_layer,)
         if max(asked) > self._top:
             self._top = 0
-            del self._backbone, self._heads  # never two copies in memory
+            self._backbone, self._heads = None, {}  # never two copies in memory
             self._use(max(asked))
         rows = self._rows_after(pack, set(asked))
         scores = [

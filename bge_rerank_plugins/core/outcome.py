@@ -6,6 +6,8 @@ Knows requests and pairs, not the queue that they come from or the device that t
 from __future__ import annotations
 
 import math
+from concurrent.futures import InvalidStateError
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -29,14 +31,20 @@ def give_score(pair: Pair, score: float | list[float], dtype: torch.dtype) -> No
         return
     request.scores[pair.index] = score
     request.unscored -= 1
-    if request.unscored == 0 and request.future.set_running_or_notify_cancel():
-        request.future.set_result(request.scores)
+    with suppress(RuntimeError, InvalidStateError):  # as in `give_error`
+        if request.unscored == 0 and request.future.set_running_or_notify_cancel():
+            request.future.set_result(request.scores)
 
 
 def give_error(request: Request, error: BaseException) -> None:
     """Fails a request, unless it is finished."""
-    if not request.finished and request.future.set_running_or_notify_cancel():
-        request.future.set_exception(error)
+    if request.finished:
+        return
+    with suppress(
+        RuntimeError, InvalidStateError
+    ):  # another device's thread, or whoever closes, told it at this moment
+        if request.future.set_running_or_notify_cancel():
+            request.future.set_exception(error)
 
 
 def give_error_to_all(pairs: Iterable[Pair], cause: BaseException) -> None:

@@ -69,6 +69,8 @@ def _after_fork() -> None:
     _lock = threading.RLock()
     _forked_after_load = _forked_after_load or bool(_engines)
     _engines.clear()
+    for engine in list(live):
+        engine.forget_fork()
     live.clear()
 
 

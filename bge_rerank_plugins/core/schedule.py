@@ -132,7 +132,7 @@ class Schedule:
                 self._fill(pack, request, budget)
                 if pack.full:
                     break
-        self._waiting = [request for request in self._waiting if request.tokens_left]
+        self._waiting = [request for request in self._waiting if request.taken < len(request.sequences)]
         return pack.pairs
 
     def drain(self) -> list[Request]:
