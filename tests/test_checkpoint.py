@@ -3,9 +3,11 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from conftest import DATA
 
 from bge_rerank_plugins import Scorer
 
@@ -121,3 +123,63 @@ def test_models_may_be_loaded_at_the_same_time() -> None:
     with ThreadPoolExecutor(8) as threads:
         assert list(threads.map(load, range(48))) == [1] * 48
     assert PreTrainedModel.tie_weights is before
+
+
+def lora(kind: Any, folder: Path, **options: Any) -> Any:
+    """A LoRA adapter that changes what it is put on, saved."""
+    from peft import LoraConfig, get_peft_model
+
+    adapted = get_peft_model(kind, LoraConfig(r=4, init_lora_weights=False, **options))
+    adapted.save_pretrained(folder)
+    return adapted
+
+
+def test_an_adapter_beside_the_weights_is_refused(copied: Path) -> None:
+    """transformers loads it unasked, and then reports the weights that the adapter lacks, not those that the model lacks."""
+    from transformers import AutoModelForSequenceClassification
+
+    lora(AutoModelForSequenceClassification.from_pretrained(copied), copied, target_modules=["query", "value"])
+    assert "a LoRA adapter (adapter_config.json) lies beside the weights" in refused(copied)
+
+
+@pytest.mark.parametrize("fault", ["prefix", "layer", "base"])
+def test_an_adapter_whose_weights_are_not_the_models_is_refused(copied: Path, tmp_path: Path, fault: str) -> None:
+    """peft only warns, and the scores were those of the base model, or random."""
+    from safetensors.torch import load_file, save_file
+    from transformers import AutoModel, AutoModelForSequenceClassification
+
+    adapter = tmp_path / "adapter"
+    kind = AutoModel if fault == "prefix" else AutoModelForSequenceClassification
+    lora(kind.from_pretrained(copied), adapter, target_modules=["query", "value"])
+    if fault == "layer":
+        weights = load_file(adapter / "adapter_model.safetensors")
+        save_file(
+            {name: tensor for name, tensor in weights.items() if ".layer.1." not in name},
+            adapter / "adapter_model.safetensors",
+        )
+    base = str(copied) if fault != "base" else str(DATA / "decoder")
+    with pytest.raises(ValueError, match=r"peft_path=.*does not fit model="), Scorer(base, peft_path=str(adapter)) as s:
+        s.score("a", ["b"])
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")  # of peft, where the adapter is made
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
+@pytest.mark.parametrize("target", ["embed_tokens", "lm_head"])
+def test_an_adapter_on_the_words_of_a_model_whose_words_are_tied_changes_one_side(
+    target: str, causal_dirs: dict[str, str], tmp_path: Path
+) -> None:
+    """Input and output words are one tensor, and merging changed both."""
+    from transformers import AutoModelForCausalLM
+
+    model = causal_dirs["Gemma"]
+    torch.manual_seed(0)
+    adapted = lora(
+        AutoModelForCausalLM.from_pretrained(model), tmp_path, task_type="CAUSAL_LM", target_modules=["q_proj", target]
+    ).eval()
+    assert adapted.config.tie_word_embeddings
+    with Scorer(model, peft_path=str(tmp_path)) as scorer:
+        (sequence,) = scorer._lease.loaded()[1].encode("panda", ["a bear"])
+        answer = scorer._lease.loaded()[1]._prompt.answer_id  # type: ignore[attr-defined]
+        with torch.inference_mode():
+            want = float(adapted(torch.tensor([sequence.input_ids])).logits[0, -1, answer])
+        assert scorer.score("panda", ["a bear"]) == pytest.approx([want], abs=1e-4)

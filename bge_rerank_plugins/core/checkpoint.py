@@ -195,8 +195,15 @@ class Checkpoint:
             may_lack: Beginnings of the names of weights that may be new, since they are about to be trained.
 
         Raises:
-            ValueError: No safetensors, or weights that neither the checkpoint nor its adapter holds.
+            ValueError: No safetensors, or weights that neither the checkpoint nor its adapter holds; a LoRA adapter beside them.
         """
+        if (
+            self.file("adapter_config.json") is not None
+        ):  # transformers would load it, and report its weights, not the model's
+            raise ValueError(
+                f"model={self.model!r}: a LoRA adapter (adapter_config.json) lies beside the weights; "
+                "move it to a directory of its own, and give that as peft_path to have it merged"
+            )
         try:
             with alone_and_quiet(self.show_progress):
                 model, report = auto_class.from_pretrained(
@@ -222,22 +229,44 @@ class Checkpoint:
 
     def _merge_adapter(self, model: PreTrainedModel, peft_path: str) -> Any:
         from peft import PeftModel
+        from peft.utils import get_peft_model_state_dict
 
+        names = self._adapter_names()
+        if any(part in name for name in names for part in ("lm_head", "embed_tokens")):
+            _untie(model)
         try:
             with alone_and_quiet(self.show_progress):
                 adapted = PeftModel.from_pretrained(model, peft_path, **self._hub(revision=False))
+                expected = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
+                # What the adapter has beyond that may belong to layers that are not loaded.
+                if absent := sorted(expected - names):
+                    raise ValueError(
+                        f"it lacks {absent[0]}, and {len(absent) - 1} more; it has such as {min(names, default='none')}"
+                    )
                 return adapted.merge_and_unload()
-        except (OSError, ValueError, RuntimeError) as error:
+        except (OSError, ValueError, RuntimeError, KeyError, AttributeError, TypeError, SafetensorError) as error:
             raise ValueError(f"peft_path={peft_path!r}: does not fit model={self.model!r}: {error}") from error
 
     def _adapter_keys(self) -> set[str]:
         """Names of the model's weights that the adapter brings whole, such as a newly trained classifier."""
+        return {name.removeprefix(_ADAPTER_PREFIX) for name in self._adapter_names()}
+
+    def _adapter_names(self) -> set[str]:
+        """Names of the weights in the adapter's file."""
         if self.peft_path is None:
             return set()
         from peft.utils import load_peft_weights
 
-        names = load_peft_weights(self.peft_path, device="cpu", **self._hub(revision=False))
-        return {name.removeprefix(_ADAPTER_PREFIX) for name in names}
+        return set(load_peft_weights(self.peft_path, device="cpu", **self._hub(revision=False)))
+
+
+def _untie(model: Any) -> None:
+    """Gives a model's output words weights of their own, so that an adapter on them or on the input words changes one."""
+    words, output = model.get_input_embeddings(), model.get_output_embeddings()
+    weight = getattr(output, "weight", None)  # a head for each layer has none
+    if weight is not None and weight is words.weight:
+        output.weight = torch.nn.Parameter(weight.detach().clone())
+        model.config.tie_word_embeddings = False
 
 
 @contextmanager
@@ -248,6 +277,7 @@ def alone_and_quiet(show_progress: bool) -> Iterator[None]:
     """
     with _one_load_at_a_time, warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
+        warnings.filterwarnings("ignore", "Found missing adapter keys")
         bars = transformers_logging.is_progress_bar_enabled() and not show_progress
         verbosity = transformers_logging.get_verbosity()
         if bars:
