@@ -1,6 +1,7 @@
 """Fine-tuning from the command line to a model that `Scorer` loads, for all three families."""
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -292,3 +293,48 @@ def test_two_processes_train_as_one_with_twice_the_batch(tmp_path: Path) -> None
     assert logged(tmp_path / "two", "eval_mrr") == logged(tmp_path / "one", "eval_mrr")
     with Scorer(str(tmp_path / "two")) as two_scorer, Scorer(str(tmp_path / "one")) as one_scorer:
         assert two_scorer.score(QUERY, PASSAGES) == pytest.approx(one_scorer.score(QUERY, PASSAGES), abs=1e-3)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_adapter_on_top_of_another_is_merged_with_it(family: str, tmp_path: Path) -> None:
+    """Only the second one was saved, and what the first had learned was gone."""
+    data = write_lines(tmp_path / "train.jsonl", toy_lines(8, 0))
+    common = {"model": str(DATA / family), "data": data, "lora": True, "train_group_size": 2, "held_out": 0}
+    first = finetune(
+        FinetuneSettings(output_dir=str(tmp_path / "a"), max_steps=3, learning_rate=1e-2, **common)  # type: ignore[arg-type]
+    )
+    assert first.is_adapter
+    second = finetune(
+        FinetuneSettings(
+            output_dir=str(tmp_path / "b"), peft_path=first.output_dir, max_steps=1, learning_rate=1e-9, **common
+        )  # type: ignore[arg-type]
+    )
+    assert not second.is_adapter
+    assert math.isfinite(first.loss), "of a run that is shorter than what is logged"
+    with Scorer(str(DATA / family), peft_path=first.output_dir) as once, Scorer(second.output_dir) as twice:
+        assert twice.score(QUERY, PASSAGES) == pytest.approx(once.score(QUERY, PASSAGES), abs=1e-4)
+
+
+def test_what_is_merged_in_bfloat16_is_saved_as_it_was_trained(tmp_path: Path) -> None:
+    settings = FinetuneSettings(model=str(DATA / "encoder"), data="-", output_dir="-", lora=True, merge=True, bf16=True)
+    trainee = trainee_of(settings)
+    assert {parameter.dtype for parameter in trainee.network.parameters()} == {torch.float32}
+
+
+def test_a_training_that_diverges_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It ended with status 0, a loss of 0 and an MRR of 1: no score is above one that is not a number."""
+    data = write_lines(tmp_path / "train.jsonl", toy_lines(12, 0))
+    options = ["--learning-rate=1e35", "--max-grad-norm=0", "--max-steps=12", "--logging-steps=2"]
+    assert (
+        main(["finetune", str(DATA / "encoder"), "--data", data, "--output-dir", str(tmp_path / "out"), *options]) == 2
+    )
+    assert "the training has diverged; take a lower learning_rate than 1e+35" in capsys.readouterr().err
+
+
+def test_heads_that_are_not_trained_wait_for_no_gradient() -> None:
+    """Several processes wait for the gradient of everything that may be trained."""
+    for lora in (False, True):
+        settings = FinetuneSettings(model=str(DATA / "layerwise"), data="-", output_dir="-", start_layer=6, lora=lora)
+        trainee = trainee_of(settings)
+        frozen = [not any(p.requires_grad for p in head.parameters()) for head in trainee.inner.lm_head]
+        assert frozen == [layer < 6 for layer in range(3, 12)]

@@ -96,13 +96,19 @@ def _add_files(parser: argparse.ArgumentParser) -> None:
 
 
 def _check_output(file: str, output: str) -> None:
-    if Path(output).exists() and Path(output).samefile(file):
+    path = Path(output)
+    if path.is_dir():
+        raise InputError(f"--output {output or '.'}: that is a directory")
+    if not path.resolve().parent.is_dir():
+        raise InputError(f"--output {output}: there is no directory {path.resolve().parent}")
+    if path.exists() and path.samefile(file):
         raise InputError(f"--output {output}: that is the input, which would be lost")
 
 
 def _write(output: str, records: Iterable[dict[str, Any]]) -> None:
-    """Writes all lines, or none where something fails on the way."""
-    with _whole(Path(output)) as sink:
+    """Writes all lines, or none where something fails on the way; to what is no file, such as a pipe, as they come."""
+    path = Path(output)
+    with path.open("wb") if path.exists() and not path.is_file() else _whole(path.resolve()) as sink:
         for record in records:
             sink.write(json_line(record))
 

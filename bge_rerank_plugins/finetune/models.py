@@ -85,7 +85,8 @@ class Trainee(nn.Module, ABC):
         self.settings = settings
         self.heads = self._heads()
         self.uses_lora = self.lora_by_default if settings.lora is None else settings.lora
-        half = settings.bf16 and self.uses_lora  # what is frozen needs no more
+        # What is frozen needs no more; what an adapter is merged into and saved does.
+        half = settings.bf16 and self.uses_lora and not self.must_merge
         self.network: Any = self._load(torch.bfloat16 if half else torch.float32).requires_grad_(True)
         if settings.dropout is not None:
             _set_dropout(self.network, settings.dropout)
@@ -97,6 +98,10 @@ class Trainee(nn.Module, ABC):
             for parameter in self.network.parameters():
                 if parameter.requires_grad:
                     parameter.data = parameter.data.float()  # small steps would be lost in bfloat16
+        self._freeze_unused()
+
+    def _freeze_unused(self) -> None:
+        """Has what no score is made of stay as it is: several processes wait for the gradients of all the rest."""
 
     def _heads(self) -> tuple[str, ...]:
         for name in ("self_distillation", "start_layer"):
@@ -197,14 +202,17 @@ class Trainee(nn.Module, ABC):
     def export(self, folder: Path) -> None:
         """Writes what the user gets when the training is over: as `save`, or the model with its adapter merged."""
         if self.uses_lora and self.must_merge:
-            self.network = self.network.merge_and_unload().float()
+            self.network = self.network.merge_and_unload()
             self.uses_lora = False
         self.save(folder)
 
     @property
     def must_merge(self) -> bool:
-        """Whether the adapter is of no use without the merged model, or the user wants that."""
-        return self.settings.merge
+        """Whether the adapter is of no use without the merged model, or the user wants that.
+
+        One that was trained on top of another (`peft_path`, or the embedded model's) would be loaded without that.
+        """
+        return self.settings.merge or self.checkpoint.peft_path is not None
 
     def restore(self, folder: Path) -> None:
         """Reads what `save` wrote."""
@@ -244,6 +252,12 @@ class EncoderTrainee(Trainee):
             attention=ATTENTION,
             may_lack=("classifier.", "bert.pooler.") if self.checkpoint.is_base_model else (),
         )
+
+    @property
+    def must_merge(self) -> bool:
+        """A pooler that is new, as in BERT that was trained for masked words, is in no adapter."""
+        masked = "BertForMaskedLM" in self.checkpoint.published_architectures
+        return super().must_merge or masked
 
     def encoder(self) -> Callable[[str | None], Encode]:
         """What makes token ids of a query and its passages; a cross-encoder has no prompt."""
@@ -332,7 +346,14 @@ class LayerwiseTrainee(Trainee):
     @property
     def must_merge(self) -> bool:
         """An adapter alone would need a base model that has heads."""
-        return self.settings.merge or self.checkpoint.is_base_model
+        return super().must_merge or self.checkpoint.is_base_model
+
+    def _freeze_unused(self) -> None:
+        first_head = layers_of(self.checkpoint)[0]
+        heads = self.inner.lm_head if self.checkpoint.config["head_multi"] else ()
+        for layer, head in enumerate(heads, first_head):
+            if layer < self.layers[0]:
+                head.requires_grad_(False)
 
     def _save_model(self, folder: Path) -> None:
         super()._save_model(folder)

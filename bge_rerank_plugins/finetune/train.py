@@ -39,7 +39,7 @@ class FinetuneResult:
     Attributes:
         output_dir: Where the model is.
         is_adapter: Whether that is a LoRA adapter, for `peft_path`, or a whole model.
-        loss: The last loss that was logged.
+        loss: The last loss that was logged, or the mean over a run that logged none.
         mrr: MRR on the held-out lines at the end; None without held-out lines.
     """
 
@@ -64,7 +64,8 @@ def finetune(settings: FinetuneSettings) -> FinetuneResult:
 
     Raises:
         InputErrors: Lines of the data that cannot be used, all of them.
-        ValueError: Settings that do not fit the model, or each other; an `output_dir` that is not empty.
+        ValueError: Settings that do not fit the model, or each other; an `output_dir` that is not empty; a loss that is not a
+            number any more.
         ImportError: Something of the extra `finetune` is not installed.
     """
     training, held_out, corpus = _read(settings)
@@ -77,7 +78,7 @@ def finetune(settings: FinetuneSettings) -> FinetuneResult:
 
     from .batches import Collator
     from .models import trainee_of
-    from .trainer import Progress, RankingTrainer, newest_checkpoint, write_log
+    from .trainer import Progress, RankingTrainer, check_loss, newest_checkpoint, write_log
 
     transformers.set_seed(settings.seed)
     trainee = trainee_of(settings)
@@ -104,7 +105,10 @@ def finetune(settings: FinetuneSettings) -> FinetuneResult:
         trainer.remove_callback(callback)
     trainer.add_callback(Progress(settings.show_progress))
     newest = newest_checkpoint(folder) if settings.resume else None
-    trainer.train(resume_from_checkpoint=None if newest is None else str(newest))
+    trained = trainer.train(resume_from_checkpoint=None if newest is None else str(newest))
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    loss = losses[-1] if losses else trained.training_loss  # of a run that is shorter than `logging_steps`
+    check_loss(loss, trainer.state.global_step, learning_rate)
 
     metrics = trainer.evaluate() if held_out else {}
     history = trainer.state.log_history
@@ -115,8 +119,7 @@ def finetune(settings: FinetuneSettings) -> FinetuneResult:
         plot_training(history, folder / PLOT_FILE)
     else:
         is_adapter = trainee.uses_lora
-    loss = [entry["loss"] for entry in history if "loss" in entry]
-    return FinetuneResult(str(folder), is_adapter, loss[-1] if loss else math.nan, metrics.get("eval_mrr"))
+    return FinetuneResult(str(folder), is_adapter, loss, metrics.get("eval_mrr"))
 
 
 def _read(settings: FinetuneSettings) -> tuple[list[Example], list[Example], list[Example]]:
@@ -183,4 +186,5 @@ def _training_arguments(
         ddp_find_unused_parameters=False,
         report_to=[],
         disable_tqdm=True,
+        logging_nan_inf_filter=False,  # which would log 0
     )

@@ -6,6 +6,7 @@ The loop, the optimizer, several devices and checkpoints to resume from are tran
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -110,11 +111,11 @@ class RankingTrainer(Trainer):
 
 
 def mean_reciprocal_rank(scores: Sequence[Sequence[float]], groups: Sequence[Group]) -> float:
-    """The mean over groups of 1 / rank of the best positive; negatives with the same score come before it."""
+    """The mean over groups of 1 / rank of the best positive; negatives with the same score, or none, come before it."""
     total = 0.0
     for row, group in zip(scores, groups, strict=True):
         best = max(row[: group.positives])
-        total += 1 / (1 + sum(score >= best for score in row[group.positives :]))
+        total += 1 / (1 + sum(not score < best for score in row[group.positives :]))
     return total / len(groups)
 
 
@@ -169,7 +170,11 @@ class Progress(TrainerCallback):
         logs: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Shows loss and MRR, and writes the log as it is so far."""
+        """Shows loss and MRR, and writes the log as it is so far.
+
+        Raises:
+            ValueError: The loss is not a number any more.
+        """
         for key, name in (("loss", "loss"), ("eval_mrr", "MRR")):
             if logs and key in logs:
                 self._last[name] = f"{logs[key]:.4f}"
@@ -177,12 +182,22 @@ class Progress(TrainerCallback):
             self._bar.set_postfix(self._last)
         if state.is_world_process_zero:
             write_log(state.log_history, Path(str(args.output_dir)) / LOG_FILE)
+        check_loss((logs or {}).get("loss", 0.0), state.global_step, args.learning_rate)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Ends the bar."""
         self._bar.close()
+
+
+def check_loss(loss: float, step: int, learning_rate: float) -> None:
+    """Raises ValueError for a loss that is not a number: what is trained from there on is of no use."""
+    if not math.isfinite(loss):
+        raise ValueError(
+            f"the loss is {loss} at step {step}: the training has diverged; take a lower learning_rate than "
+            f"{learning_rate:g}, or look for what is extreme in the data"
+        )
 
 
 def write_log(history: Sequence[dict[str, float]], path: Path) -> None:
