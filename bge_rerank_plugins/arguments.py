@@ -30,8 +30,9 @@ def add_fields(
     for name in names:
         field = model.model_fields[name]
         text = (field.description or "").replace("%", "%%")
-        if not field.is_required() and field.default not in (None, False, ""):
-            text += f" (default: {field.default})"
+        if not field.is_required() and not any(field.default is none for none in (None, False, "")):
+            default = field.default
+            text += f" (default: {','.join(map(str, default)) if isinstance(default, list) else default})"
         parser.add_argument(
             flag_of(name),
             dest=name,
@@ -51,7 +52,8 @@ def _flag_kind(annotation: Any) -> dict[str, Any]:
     """How argparse reads a field of this type."""
     if get_origin(annotation) is Literal:
         return {"choices": get_args(annotation)}
-    kinds = [kind for kind in get_args(annotation) or (annotation,) if kind is not NoneType]
+    union = () if get_origin(annotation) is list else get_args(annotation)
+    kinds = [kind for kind in union or (annotation,) if kind is not NoneType]
     if bool in kinds:
         return {"action": argparse.BooleanOptionalAction}
     if any(get_origin(kind) is list for kind in kinds):

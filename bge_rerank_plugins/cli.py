@@ -337,10 +337,10 @@ def _lookahead(
 @contextmanager
 def _opened(file: str, output: str | None) -> Iterator[tuple[BinaryIO, BinaryIO]]:
     """The input and the output, as bytes: both are UTF-8 whatever the terminal's encoding."""
-    if output is not None and file != "-" and Path(output).exists() and Path(output).samefile(file):
-        raise InputError(f"--output {output}: that is the input, which would be lost")
     source = sys.stdin.buffer if file == "-" else Path(file).open("rb")  # noqa: SIM115
     try:
+        if output is not None and _is_same_file(source, Path(output)):
+            raise InputError(f"--output {output}: that is the input, which would be lost")
         sink = sys.stdout.buffer if output is None else Path(output).open("wb")  # noqa: SIM115
         try:
             yield source, sink
@@ -350,6 +350,11 @@ def _opened(file: str, output: str | None) -> Iterator[tuple[BinaryIO, BinaryIO]
     finally:
         if file != "-":
             source.close()
+
+
+def _is_same_file(source: BinaryIO, path: Path) -> bool:
+    """Whether a regular file is read and would be written, by whatever names."""
+    return path.is_file() and _is_regular(source) and os.path.samestat(os.fstat(source.fileno()), path.stat())
 
 
 def _is_regular(source: BinaryIO) -> bool:

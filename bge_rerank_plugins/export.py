@@ -144,7 +144,9 @@ def _check(settings: RerankSettings, made: Path, *, int8: bool) -> Export:
     documents = [f"{docstring.name}: {docstring.text}" for docstring in standard_library()]
     passages = ["", *documents[:: max(1, len(documents) // 40)]]
     query = "read a file line by line"
-    exact = settings.model_copy(update={"dtype": "float32", "device": "cpu", "normalize": False})
+    exact = settings.model_copy(
+        update={"dtype": "float32", "device": "cpu", "normalize": False, "long_passages": "truncate"}
+    )
     with Scorer.from_settings(exact) as scorer:
         want = scorer.score(query, passages)
     options: dict[str, Any] = {

@@ -336,10 +336,11 @@ class Scorer:
 
     def _checked_layers(self, cutoff_layers: Sequence[int]) -> tuple[int, ...]:
         _, family = self._lease.loaded()
+        if isinstance(cutoff_layers, str) or not isinstance(cutoff_layers, Iterable):
+            raise ValueError(f"cutoff_layers={cutoff_layers!r}: expected a list of layers")
+        cutoff_layers = list(cutoff_layers)
         if family.layers is None:
-            raise ValueError(
-                f"cutoff_layers={list(cutoff_layers)}: {self._settings.model!r} is no layerwise checkpoint"
-            )
+            raise ValueError(f"cutoff_layers={cutoff_layers}: {self._settings.model!r} is no layerwise checkpoint")
         if not cutoff_layers:
             raise ValueError("cutoff_layers=[]: name at least one layer")
         from .core.layerwise import check_layers

@@ -407,3 +407,14 @@ def test_help_needs_no_torch() -> None:
 def test_python_m_runs_the_command() -> None:
     with process("--version") as running:
         assert running.communicate() == (f"bge-rerank {__version__}\n".encode(), b"")
+
+
+def test_standard_input_is_not_overwritten_either(tmp_path: Path) -> None:
+    path = tmp_path / "lines.jsonl"
+    path.write_text('{"query": "a", "passages": []}\n')
+    with path.open("rb") as source:
+        command = [sys.executable, "-m", "bge_rerank_plugins", "rerank", "--output", str(path)]
+        done = subprocess.run(command, stdin=source, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "that is the input, which would be lost" in done.stderr
+    assert path.read_text() == '{"query": "a", "passages": []}\n'

@@ -220,3 +220,9 @@ def test_identical_ids_are_left_out_of_a_run_too(
     out = capsys.readouterr().out
     assert "other.trec found 1 candidates" in out
     assert re.search(r"^other.trec +1\.000", out, re.MULTILINE)
+
+
+def test_several_measures_are_taken(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The flag of a list took one."""
+    assert main(["eval", str(folder), "--models", ENCODER, "--top-k", "5", "--measures", "nDCG@3,RR@5"]) == 0
+    assert capsys.readouterr().out.splitlines()[1].split()[:2] == ["nDCG@3", "MRR@5"]

@@ -247,6 +247,19 @@ def test_truncation_is_warned_of_once_with_the_count(encoder_dir: str, caplog: p
 # Long passages
 
 
+@pytest.mark.parametrize("family", ["encoder", "decoder", "layerwise"])
+def test_a_query_that_leaves_no_room_makes_one_window(family: str) -> None:
+    """It made one of every token, each cut to nothing, or none, which failed the call."""
+    query, passages = "what is a panda " * 400, ["", "panda is " * 200]
+    options = {"query_max_length": 64, "max_length": 64}
+    with (
+        Scorer(str(DATA / family), long_passages="split", **options) as split,  # type: ignore[arg-type]
+        Scorer(str(DATA / family), **options) as cut,  # type: ignore[arg-type]
+    ):
+        assert split.score(query, passages) == pytest.approx(cut.score(query, passages), abs=1e-5)
+        assert split.stats()["pairs"] == 4  # of both, which share an engine
+
+
 @pytest.mark.parametrize("directory", [ENCODER, DECODER, LAYERWISE])
 def test_a_long_passage_has_the_score_of_its_best_window(directory: str) -> None:
     long = " ".join(f"Item {i} describes panda number {i * 7 % 31} in Sichuan." for i in range(40))

@@ -349,3 +349,15 @@ print(len(scorer.score("a", ["b"])))
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("forked after a model was loaded") == 2
     assert done.stdout.endswith("1\n")
+
+
+@pytest.mark.parametrize("layers", [5, "35", [5.0], [True], None])
+def test_what_are_no_layers_is_refused(layers: object) -> None:
+    with Scorer(str(DATA / "layerwise")) as scorer, pytest.raises(ValueError, match="cutoff_layer"):
+        scorer.score_layers("a", ["b"], layers)  # type: ignore[arg-type]
+
+
+def test_layers_may_come_from_a_generator() -> None:
+    """They were gone through twice, and nothing came back."""
+    with Scorer(str(DATA / "layerwise")) as scorer:
+        assert list(scorer.score_layers("a", ["b"], iter([3, 9]))) == [3, 9]  # type: ignore[arg-type]

@@ -30,7 +30,7 @@ def _spans(tokenizer: Tokenizer, text: str, room: int, instruction: str) -> Iter
     def tokens(part: str) -> int:
         return len(tokenizer.encode(instruction + part, add_special_tokens=False).ids)
 
-    if tokens(text) <= room:
+    if tokens(text) <= room or room <= tokens(""):  # it fits, or no part of it ever does
         yield 0, len(text)
         return
     offsets = tokenizer.encode(text, add_special_tokens=False).offsets

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from .inputs import JudgedSet, Run
@@ -71,7 +72,16 @@ def measure(measures: Sequence[Measure], data: JudgedSet, run: Run) -> Quality:
     per_query: dict[str, dict[str, float]] = {str(measure): {} for measure in measures}
     for found in results.per_query:
         per_query[str(found.measure)][found.query_id] = float(found.value)
-    return Quality({str(measure): float(results.aggregated[measure]) for measure in measures}, per_query)
+    mean: dict[str, float] = {}
+    for measure in measures:
+        values = per_query[str(measure)]
+        left_out = [
+            query for query in data.queries if query not in values
+        ]  # by some of its providers, where nothing is judged
+        values.update(dict.fromkeys(left_out, 0.0))
+        by_all = fmean(values.values()) if left_out and values else float(results.aggregated[measure])
+        mean[str(measure)] = by_all
+    return Quality(mean, per_query)
 
 
 def recall_of_candidates(data: JudgedSet, run: Run) -> float:
