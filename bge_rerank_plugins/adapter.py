@@ -205,6 +205,7 @@ class AdapterSettings(ScorerSettings):
 
     def _rank_batch(self, requests: Sequence[tuple[str, list[str]]]) -> list[list[RankedPassage]]:
         """`_rank` for several queries, whose pairs share packs."""
+        check_cut(self.top_n, self.score_threshold)
         checked = checked_requests(requests)
         if self.top_n == 0 or not any(texts for _, texts in checked):
             return [[] for _ in checked]

@@ -146,7 +146,8 @@ class Scorer:
 
         Raises:
             ValueError: Something is not a string; the model cannot be loaded; a score is not a number.
-            RuntimeError: The model failed, or the scorer is closed.
+            RuntimeError: The model failed, or the scorer is closed; with `when_full="error"`, as `core.engine.QueueFullError`,
+                too much waits already.
         """
         texts = checked_texts(query, passages)
         if not texts:

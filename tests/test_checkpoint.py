@@ -183,3 +183,55 @@ def test_an_adapter_on_the_words_of_a_model_whose_words_are_tied_changes_one_sid
         with torch.inference_mode():
             want = float(adapted(torch.tensor([sequence.input_ids])).logits[0, -1, answer])
         assert scorer.score("panda", ["a bear"]) == pytest.approx([want], abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ([], "config.json"),
+        (None, "config.json"),
+        ({"architectures": ["XLMRobertaForSequenceClassification"]}, "names no model_type"),
+        ({"model_type": "xlm-roberta", "architectures": "NoSuchModel"}, "the architecture NoSuchModel, which"),
+        ({"model_type": "minicpm", "architectures": ["LayerWiseMiniCPMForCausalLM"]}, "lacks head_type, head_multi"),
+    ],
+)
+def test_a_config_that_says_too_little_is_named(copied: Path, config: object, message: str) -> None:
+    (copied / "config.json").write_text(json.dumps(config))
+    assert message in refused(copied)
+
+
+def test_layers_that_begin_above_the_last_are_refused(tmp_path: Path) -> None:
+    shutil.copytree(DATA / "layerwise", tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config | {"start_layer": 40}))
+    assert "start_layer=40 is above its 11 layers" in refused(tmp_path / "model")
+
+
+def test_a_language_model_must_say_what_a_text_begins_with(tmp_path: Path) -> None:
+    """Without the file the first token was left out in silence."""
+    shutil.copytree(DATA / "decoder", tmp_path / "model")
+    (tmp_path / "model" / "tokenizer_config.json").unlink()
+    (tmp_path / "model" / "special_tokens_map.json").unlink(missing_ok=True)
+    assert "no tokenizer_config.json" in refused(tmp_path / "model")
+
+
+def test_positions_that_depend_on_the_company_are_refused(causal_dirs: dict[str, str], tmp_path: Path) -> None:
+    shutil.copytree(causal_dirs["Llama"], tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    rope = {"rope_type": "longrope", "rope_theta": 10000.0, "factor": 2.0, "short_factor": [1.0], "long_factor": [2.0]}
+    config.pop("rope_scaling", None)
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config | {"rope_parameters": rope}))
+    assert "longrope" in refused(tmp_path / "model")
+
+
+def test_segments_are_left_out_where_the_tokenizer_says_so(classifier_dirs: dict[str, str], tmp_path: Path) -> None:
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    shutil.copytree(classifier_dirs["bert"], tmp_path / "model")
+    path = tmp_path / "model" / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model_input_names": ["input_ids", "attention_mask"]}))
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "model").eval()
+    inputs = AutoTokenizer.from_pretrained(tmp_path / "model")("panda", "a bear", return_tensors="pt")
+    assert "token_type_ids" not in inputs
+    with torch.inference_mode(), Scorer(str(tmp_path / "model")) as scorer:
+        assert scorer.score("panda", ["a bear"]) == pytest.approx([model(**inputs).logits.item()], abs=1e-5)

@@ -19,6 +19,7 @@ from bge_rerank_plugins.core.checkpoint import Checkpoint
 from bge_rerank_plugins.core.families import family_of
 from bge_rerank_plugins.core.graphs import SEQUENCES, SIZES, Graphs, Run, _Recorder, graphs_for
 from bge_rerank_plugins.core.packing import Pack, pack_sequences
+from bge_rerank_plugins.core.sequences import TokenSequence
 from bge_rerank_plugins.settings import RerankSettings
 
 CPU = torch.device("cpu")
@@ -62,6 +63,18 @@ def test_a_pack_that_is_filled_up_has_the_scores_of_the_pack(family: Any, count:
         scores = graphs.score(part)
         assert scores is not None
         assert scores.tolist() == pytest.approx(plain(family, part), abs=1e-5)
+
+
+def test_a_pack_of_exactly_a_graphs_size_needs_no_filling(family: Any) -> None:
+    for size in (SIZES[0], SIZES[-1]):
+        graphs = Graphs(family, CPU, again)
+        length = graphs._longest
+        lengths = [length] * (size // length) + ([size % length] if size % length else [])
+        sequences = [TokenSequence([5] * n) for n in lengths]
+        scores = graphs.score(sequences)
+        assert scores is not None
+        assert scores.tolist() == pytest.approx(plain(family, sequences), abs=1e-4)
+        assert max(segment.stop - segment.start for segment in graphs._segments) <= length
 
 
 def test_a_size_is_recorded_once(family: Any) -> None:

@@ -15,7 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import texts
 
-from bge_rerank_plugins import RankedPassage, Scorer
+from bge_rerank_plugins import RankedPassage, RerankSettings, Scorer
+from bge_rerank_plugins.core.engine import key_of
 from bge_rerank_plugins.ranking import rank_scores, sigmoid
 
 PASSAGES = [
@@ -361,3 +362,34 @@ def test_layers_may_come_from_a_generator() -> None:
     """They were gone through twice, and nothing came back."""
     with Scorer(str(DATA / "layerwise")) as scorer:
         assert list(scorer.score_layers("a", ["b"], iter([3, 9]))) == [3, 9]  # type: ignore[arg-type]
+
+
+def test_every_form_normalizes_and_cuts_as_score_and_rank_do() -> None:
+    model, passages = str(DATA / "layerwise"), ["a", "a bear", "panda"]
+    with Scorer(model) as raw, Scorer(model, normalize=True) as scorer:
+        want = [sigmoid(score) for score in raw.score("panda", passages)]
+        pairs = [("panda", passage) for passage in passages]
+        for scores in (
+            scorer.score("panda", passages),
+            asyncio.run(scorer.ascore("panda", passages)),
+            scorer.score_pairs(pairs),
+            list(scorer.score_stream(pairs)),
+            scorer.score_batch([("panda", passages)])[0],
+            asyncio.run(scorer.ascore_batch([("panda", passages)]))[0],
+            scorer.score_layers("panda", passages, [11])[11],
+        ):
+            assert scores == pytest.approx(want, abs=1e-6)
+        middle = sorted(want)[1] - 1e-4
+        ranked = scorer.rank("panda", passages, score_threshold=middle)
+        assert len(ranked) == 2
+        assert asyncio.run(scorer.arank("panda", passages, score_threshold=middle)) == ranked
+
+
+def test_only_what_is_applied_to_scores_leaves_the_model_shared() -> None:
+    other = {"model": "b", "device": "cpu", "dtype": "float32", "when_full": "error", "local_files_only": True}
+    same = {"normalize": True, "show_progress": True, "long_passages": "split"}
+    base = RerankSettings(model="a")
+    for name, field in RerankSettings.model_fields.items():
+        text = "x" if "str" in str(field.annotation) else 7
+        changed = base.model_copy(update={name: {**other, **same}.get(name, text)})
+        assert (key_of(changed) == key_of(base)) == (name in same), name

@@ -116,8 +116,10 @@ class Checkpoint:
         try:
             config: dict[str, Any]
             config, _ = PreTrainedConfig.get_config_dict(self.model, **self._hub())
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, TypeError, AttributeError) as error:
             raise ValueError(f"model={self.model!r}: its config.json cannot be read: {error}") from error
+        if not isinstance(config, dict) or "model_type" not in config:
+            raise ValueError(f"model={self.model!r}: its config.json names no model_type")
         return config
 
     @cached_property

@@ -104,4 +104,12 @@ def _checked(checkpoint: Checkpoint, settings: RerankSettings) -> tuple[Any, Pro
             f"cutoff_layer={settings.cutoff_layer}: {checkpoint.model!r} is no layerwise checkpoint, it scores at the end"
         )
     config = AutoConfig.for_model(**checkpoint.config)
+    rope = getattr(config, "rope_parameters", None) or {}
+    if "longrope" in (
+        rope.get("rope_type"),
+        rope.get("type"),
+    ):  # its factors follow the longest text computed with a text
+        raise ValueError(
+            f"model={checkpoint.model!r}: rope_type='longrope' is not supported: scores would not stand alone"
+        )
     return config, Prompt(checkpoint, settings, config.max_position_embeddings)

@@ -7,7 +7,7 @@ token. Differences between architectures are a row each in `ARCHITECTURES`.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -217,8 +217,11 @@ def pair_encoder(checkpoint: Checkpoint, settings: RerankSettings) -> PairEncode
         ValueError: As `checked_config`, or a `max_length` that leaves no room for text.
     """
     config, architecture, max_length = checked_config(checkpoint, settings)
-    tokenizer = checkpoint.tokenizer().backend_tokenizer
-    return PairEncoder(tokenizer, architecture.layout, int(config.pad_token_id or 0), settings, max_length)
+    tokenizer = checkpoint.tokenizer()
+    inputs = tokenizer.init_kwargs.get("model_input_names")  # where the checkpoint says so
+    has_types = architecture.layout.token_types and (inputs is None or "token_type_ids" in inputs)
+    layout = replace(architecture.layout, token_types=has_types)
+    return PairEncoder(tokenizer.backend_tokenizer, layout, int(config.pad_token_id or 0), settings, max_length)
 
 
 def architecture_of(config: PreTrainedConfig, checkpoint: Checkpoint) -> Architecture:

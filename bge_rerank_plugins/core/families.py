@@ -78,7 +78,8 @@ def family_of(checkpoint: Checkpoint) -> type[Family]:
     Raises:
         ValueError: Not a reranker that is supported; the message lists those that are.
     """
-    architectures: list[str] = list(checkpoint.config.get("architectures") or [])
+    named = checkpoint.config.get("architectures") or []
+    architectures: list[str] = [named] if isinstance(named, str) else list(named)
     if (checkpoint.adapter_config or {}).get("task_type") == "SEQ_CLS":
         architectures = [re.sub("(Model|ForMaskedLM)$", "ForSequenceClassification", name) for name in architectures]
     for family in FAMILIES:

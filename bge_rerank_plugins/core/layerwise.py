@@ -179,6 +179,21 @@ def _checked(checkpoint: Checkpoint, settings: RerankSettings) -> tuple[range, i
     return layers, cutoff_layer, Prompt(checkpoint, settings, checkpoint.config["max_position_embeddings"])
 
 
+_NEEDED = (
+    "head_type",
+    "head_multi",
+    "start_layer",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "hidden_size",
+    "vocab_size",
+    "max_position_embeddings",
+    "scale_emb",
+    "scale_depth",
+)
+"""What a layerwise config says of its own, and no default would be right for."""
+
+
 def layers_of(checkpoint: Checkpoint) -> range:
     """The layers that have a scoring head.
 
@@ -186,11 +201,19 @@ def layers_of(checkpoint: Checkpoint) -> range:
         ValueError: A head type that is not known.
     """
     config = checkpoint.config
+    absent = [name for name in _NEEDED if name not in config]
+    if absent:
+        raise ValueError(f"model={checkpoint.model!r}: its config.json lacks {', '.join(absent)}")
     if config["head_type"] not in HEAD_TYPES:
         raise ValueError(
             f"head_type={config['head_type']!r} in {checkpoint.model!r}: not one of {', '.join(HEAD_TYPES)}"
         )
-    return range(config["start_layer"], config["num_hidden_layers"] + 1)
+    layers = range(config["start_layer"], config["num_hidden_layers"] + 1)
+    if not layers:
+        raise ValueError(
+            f"model={checkpoint.model!r}: start_layer={layers.start} is above its {config['num_hidden_layers']} layers"
+        )
+    return layers
 
 
 def check_layers(cutoff_layers: Sequence[int], layers: range) -> None:

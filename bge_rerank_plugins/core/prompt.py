@@ -34,7 +34,7 @@ class Prompt:
 
     Args:
         checkpoint: Where the tokenizer is.
-        settings: With the user's prompt, instructions and lengths, or None for the model card's.
+        settings: With the user's prompt, instructions and lengths; what is None is as in the model card.
         positions: Number of positions that the checkpoint has, for query, passage, separator and prompt.
 
     Attributes:
@@ -60,6 +60,10 @@ class Prompt:
         self._passage_instruction = _or_default(settings.passage_instruction, PASSAGE_INSTRUCTION)
         # Never the whole length: the first token and one of the passage stay.
         self._query_room = min(settings.query_max_length or max_length * 3 // 4, max_length - 2)
+        if tokenizer.bos_token_id is None and checkpoint.file("tokenizer_config.json") is None:
+            raise ValueError(
+                f"model={checkpoint.model!r}: it has no tokenizer_config.json, which says what a text begins with"
+            )
         # FlagEmbedding starts without a first token where the tokenizer has none, or pads with it.
         has_bos = tokenizer.bos_token_id not in (None, tokenizer.pad_token_id)
         self._bos = [int(tokenizer.bos_token_id)] if has_bos else []

@@ -8,6 +8,7 @@ from __future__ import annotations
 import gzip
 import math
 import random
+import re
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -236,7 +237,7 @@ def _rows(path: str | Path, counts: tuple[int, ...], expected: str) -> Iterator[
 
 
 def _is_whole(text: str) -> bool:
-    return text.lstrip("+-").isdecimal()
+    return re.fullmatch(r"[+-]?\d{1,9}", text, re.ASCII) is not None
 
 
 def _number(text: str, place: str) -> float:

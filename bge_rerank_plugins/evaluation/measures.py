@@ -43,11 +43,14 @@ def parse_measures(names: Sequence[str]) -> list[Measure]:
 
     def parse(name: str) -> Measure:
         try:
-            return ir_measures.parse_measure(name)
+            measure = ir_measures.parse_measure(name)
         except (NameError, ValueError, SyntaxError) as error:
             raise ValueError(
                 f"measures={name!r}: ir_measures does not know it; it has nDCG@10, RR@10, AP, R@10, P@10, Success@10 and others"
             ) from error
+        if measure.params.get("cutoff", 1) < 1:
+            raise ValueError(f"measures={name!r}: it looks at no passage; take @1 or more")
+        return measure
 
     return [parse(name) for name in names]
 
