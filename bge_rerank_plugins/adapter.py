@@ -164,7 +164,7 @@ class ScorerSettings(RerankSettings):
 class AdapterSettings(ScorerSettings):
     """Options of an adapter: those of the reranker, and what to keep of its ranking."""
 
-    top_n: int | None = Field(default=None, description="How many to return; None for all.")
+    top_n: int | None = Field(default=None, description="How many to return; by default all.")
     score_threshold: float | None = Field(
         default=None, description="Leave out what scores less; applied before `top_n`."
     )
