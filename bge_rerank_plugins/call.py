@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from concurrent.futures import Future, ThreadPoolExecutor
 
-    from .core.engine import Engine
+    from .core.engine import Engine, Room
     from .core.families import Family
     from .core.sequences import TokenSequence
 
@@ -41,6 +41,7 @@ class Call:
         self.pending: deque[Future[list[Any]]] = deque()
         self._pairs_pending = 0
         self._admitted = False
+        self._room: Room | None = None
 
     def encode(self, query: str, passages: Sequence[str]) -> list[TokenSequence]:
         """Token ids of a chunk, a long passage in windows if the settings say so."""
@@ -50,15 +51,17 @@ class Call:
         self._windows.append([len(windows) for windows in parts])
         return self._family.encode(query, [window for windows in parts for window in windows])
 
-    def room(self, sequences: list[TokenSequence]) -> Future[None] | None:
-        """None if the queue has room for a chunk, else what resolves when it is worth asking again."""
-        return self._engine.room(sum(map(len, sequences)), admitted=self._admitted)
+    def room(self, sequences: list[TokenSequence]) -> Room | None:
+        """None if the queue has room for a chunk, else what resolves when it has."""
+        self._room = self._engine.room(sum(map(len, sequences)), admitted=self._admitted)
+        return self._room
 
     def submit(self, sequences: list[TokenSequence]) -> None:
         """Queues a chunk."""
         self._admitted = True
         self.truncated += sum(sequence.truncated for sequence in sequences)
-        self.pending.append(self._engine.submit(sequences, self._job, self._cutoff_layers))
+        room, self._room = self._room, None
+        self.pending.append(self._engine.submit(sequences, self._job, self._cutoff_layers, room))
         self._pairs_pending += len(sequences)
 
     @property
@@ -84,6 +87,8 @@ class Call:
         """Drops what is not scored yet."""
         for future in self.pending:
             future.cancel()
+        if self._room is not None:
+            self._engine.give_back(self._room)
 
 
 _Waiting = list[tuple[Callable[[], Any], "asyncio.Future[Any]"]]

@@ -367,7 +367,7 @@ class Scorer:
         try:
             for query, chunk in chunks_of(requests):
                 sequences = call.encode(query, chunk)
-                while (room := call.room(sequences)) is not None:
+                if (room := call.room(sequences)) is not None:
                     room.result()
                 call.submit(sequences)
                 while call.is_far_ahead:
@@ -387,7 +387,7 @@ class Scorer:
         try:
             for query, chunk in chunks_of(requests):
                 sequences = await turns.run(partial(call.encode, query, chunk))
-                while (room := call.room(sequences)) is not None:
+                if (room := call.room(sequences)) is not None:
                     await asyncio.wrap_future(room)
                 call.submit(sequences)
                 while call.is_far_ahead:

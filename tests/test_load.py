@@ -8,7 +8,7 @@ import resource
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
@@ -202,6 +202,45 @@ def test_a_stream_that_was_let_in_is_not_turned_away_later(encoder_dir: str) -> 
         assert len(scores) == 640
 
 
+def test_small_calls_do_not_pass_a_large_one_for_ever(encoder_dir: str) -> None:
+    """All who waited were woken at once, and the smallest found room first, again and again."""
+    with Scorer(encoder_dir, max_queued_tokens=1000, max_batch_tokens=256) as scorer:
+        scorer.warmup()
+        stop = threading.Event()
+
+        def ask() -> None:
+            while not stop.is_set():
+                scorer.score("panda", ["bear " * 5] * 4)
+
+        small = [threading.Thread(target=ask) for _ in range(12)]
+        for thread in small:
+            thread.start()
+        try:
+            with ThreadPoolExecutor(1) as pool:  # the second one is larger than the bound
+                for count in (8, 60):
+                    assert len(pool.submit(scorer.score, "panda", ["panda " * 60] * count).result(timeout=60)) == count
+        finally:
+            stop.set()
+            for thread in small:
+                thread.join()
+        assert not scorer._lease.acquired()._granted
+
+
+async def test_room_that_nobody_waits_for_any_more_is_given_to_others(encoder_dir: str) -> None:
+    with Scorer(encoder_dir, max_queued_tokens=600, max_batch_tokens=256) as scorer:
+        scorer.warmup()
+        passages = ["panda " * 60] * 40
+        for delay in (0.0, 0.01, 0.03, 0.06, 0.1):
+            calls = [asyncio.ensure_future(scorer.ascore(f"q {i}", passages)) for i in range(6)]
+            await asyncio.sleep(delay)
+            for call in calls[:5]:
+                call.cancel()
+            assert len(await asyncio.wait_for(calls[5], timeout=60)) == 40
+        engine = scorer._lease.acquired()
+        assert not engine._granted
+        assert not [room for room in engine._room_waiters if not room.cancelled()]
+
+
 def test_the_queue_never_holds_more_than_its_bound(encoder_dir: str) -> None:
     most = 0.0
     with Scorer(encoder_dir, max_queued_tokens=5000, max_batch_tokens=512) as scorer:
@@ -214,8 +253,7 @@ def test_the_queue_never_holds_more_than_its_bound(encoder_dir: str) -> None:
         while any(thread.is_alive() for thread in threads):
             most = max(most, scorer.stats()["queued_tokens"])
             time.sleep(0.001)
-    chunk = 32 * 60
-    assert 0 < most <= 5000 + 6 * chunk  # callers that asked at the same moment may overshoot by a chunk each
+    assert 0 < most <= 5000 + 6 * 32 * 60  # those who did not need to wait and asked at the same moment may overshoot
 
 
 # What one sees

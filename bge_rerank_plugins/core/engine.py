@@ -73,6 +73,14 @@ class QueueFullError(RuntimeError):
     """Too many tokens wait already."""
 
 
+class Room(Future[None]):
+    """Room for some tokens in a bounded queue, to come or granted."""
+
+    def __init__(self, tokens: int) -> None:
+        super().__init__()
+        self.tokens = tokens
+
+
 @dataclass
 class EngineStats:
     """Counters of an engine.
@@ -113,7 +121,8 @@ class Engine:
         self._changed = threading.Condition()
         self._schedule = Schedule()
         self._stats = EngineStats()
-        self._room_waiters: list[Future[None]] = []
+        self._room_waiters: deque[Room] = deque()
+        self._granted: weakref.WeakSet[Room] = weakref.WeakSet()
         self._closed = False
         self._exiting = False
         self._failure: BaseException | None = None
@@ -154,8 +163,10 @@ class Engine:
         with self._changed:
             return replace(self._stats, queued_tokens=self._schedule.tokens)
 
-    def room(self, tokens: int, *, admitted: bool) -> Future[None] | None:
-        """None if `tokens` more may be queued, else what resolves when it is worth asking again.
+    def room(self, tokens: int, *, admitted: bool) -> Room | None:
+        """None if `tokens` more may be queued, else what resolves when they may, in the order of asking.
+
+        What has resolved keeps that room until it is given to `submit` or to `give_back`.
 
         Args:
             tokens: How many the caller wants to queue.
@@ -168,17 +179,32 @@ class Engine:
         if bound is None:
             return None
         with self._changed:
-            queued = self._schedule.tokens
-            if queued == 0 or queued + tokens <= bound or self._closed or self._failure is not None:
+            if not self.usable:
                 return None
-            if self._settings.when_full == "error" and not admitted:
+            may_wait = admitted or self._settings.when_full == "wait"
+            if self._has_room(tokens) and not (may_wait and self._room_waiters):
+                return None
+            if not may_wait:
+                queued = self._schedule.tokens
                 raise QueueFullError(f"{queued} tokens wait already, and max_queued_tokens={bound}: try again later")
-            future: Future[None] = Future()
-            self._room_waiters.append(future)
-            return future
+            room = Room(tokens)
+            self._room_waiters.append(room)
+            self._admit()
+            return room
+
+    def give_back(self, room: Room) -> None:
+        """Leaves room to others that was granted, or waited for, and is not needed any more."""
+        with self._changed:
+            room.cancel()
+            self._granted.discard(room)
+            self._admit()
 
     def submit(
-        self, sequences: Sequence[TokenSequence], job: Job, cutoff_layers: tuple[int, ...] = ()
+        self,
+        sequences: Sequence[TokenSequence],
+        job: Job,
+        cutoff_layers: tuple[int, ...] = (),
+        room: Room | None = None,
     ) -> Future[list[Any]]:
         """Queues pairs. The future resolves to their raw scores, in order; cancelling it drops those not yet scored.
 
@@ -186,6 +212,7 @@ class Engine:
             sequences: The pairs' token ids.
             job: The job that they belong to, from `open_job`.
             cutoff_layers: Layers to score after. If there are any, each score is a list with one number for each.
+            room: What they waited for, if they did.
 
         Raises:
             EngineClosedError: The engine was closed.
@@ -199,6 +226,8 @@ class Engine:
             if not self._exiting:  # while the interpreter exits, only daemon threads ask, and wait in silence
                 self._raise_if_unusable()
             self._schedule.add(request)
+            if room is not None:
+                self._granted.discard(room)
             self._stats.truncated += sum(sequence.truncated for sequence in sequences)
             self._changed.notify_all()
         return request.future
@@ -228,7 +257,7 @@ class Engine:
         """In a forked copy of the process: drops the lock, which a thread that is not there may hold, and all that it guards."""
         self._changed = threading.Condition()
         self._schedule = Schedule()
-        self._room_waiters = []
+        self._room_waiters = deque()
         self._closed = True
         self._exiting = True
 
@@ -311,11 +340,20 @@ class Engine:
             return []
 
     def _admit(self) -> None:
-        """Wakes those who wait for room in the queue; they ask again."""
-        waiters, self._room_waiters = self._room_waiters, []
-        for future in waiters:
-            if future.set_running_or_notify_cancel():
-                future.set_result(None)
+        """Grants room to those who wait for it, the first first: a large one is not passed by small ones for ever."""
+        while self._room_waiters:
+            first = self._room_waiters[0]
+            if self.usable and not first.cancelled() and not self._has_room(first.tokens):
+                return
+            self._room_waiters.popleft()
+            if first.set_running_or_notify_cancel():
+                self._granted.add(first)
+                first.set_result(None)
+
+    def _has_room(self, tokens: int) -> bool:
+        bound = self._settings.max_queued_tokens
+        taken = self._schedule.tokens + sum(room.tokens for room in self._granted)
+        return bound is None or taken == 0 or taken + tokens <= bound
 
     def _start(self, worker: Worker, pairs: list[Pair], *, alone: bool) -> _Flight | None:
         """Has the worker's device compute a pack, `alone` on it or beside another one.
