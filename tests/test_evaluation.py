@@ -294,7 +294,7 @@ def test_the_files_agree_with_the_report(tmp_path: Path) -> None:
     [
         ([1.0], "returned 1 scores for 3"),
         ([1.0, math.nan, 1.0], "score of passage 1 is nan"),
-        ("xyz", "could not convert"),
+        ("xyz", "returned .xyz.: expected a list of numbers"),
     ],
 )
 def test_a_scorer_that_fails_is_named_with_its_query(scores: Sequence[float], message: str) -> None:
