@@ -67,7 +67,7 @@ def test_events_of_a_batch_are_closed_when_it_fails() -> None:
             reranker.postprocess_nodes_batch([(nodes, "a"), (nodes, "b")])
     finally:
         get_dispatcher().event_handlers.remove(handler)
-    assert sorted(names) == ["ReRankEndEvent"] * 2 + ["ReRankStartEvent"] * 2
+    assert sorted(names) == ["ReRankEndEvent"] * 2 + ["ReRankStartEvent"] * 2 + ["SpanDropEvent"]
 
 
 async def test_a_runnable_reranks_in_a_chain_and_its_batches_share_packs() -> None:

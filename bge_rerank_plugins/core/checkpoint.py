@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError
 from tokenizers import Tokenizer
-from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import cached_file
 
@@ -118,8 +118,19 @@ class Checkpoint:
             config, _ = PreTrainedConfig.get_config_dict(self.model, **self._hub())
         except (OSError, ValueError, TypeError, AttributeError) as error:
             raise ValueError(f"model={self.model!r}: its config.json cannot be read: {error}") from error
-        if not isinstance(config, dict) or "model_type" not in config:
+        if not isinstance(config, dict):
+            raise ValueError(f"model={self.model!r}: its config.json is no object")
+        return config
+
+    def transformers_config(self) -> PreTrainedConfig:
+        """The config as the class of transformers that it is for.
+
+        Raises:
+            ValueError: It does not say for which.
+        """
+        if "model_type" not in self.config:
             raise ValueError(f"model={self.model!r}: its config.json names no model_type")
+        config: PreTrainedConfig = AutoConfig.for_model(**self.config)
         return config
 
     @cached_property

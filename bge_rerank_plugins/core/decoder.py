@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from .inplace import work_in_place
 from .last_layer import LastRows
@@ -103,7 +103,7 @@ def _checked(checkpoint: Checkpoint, settings: RerankSettings) -> tuple[Any, Pro
         raise ValueError(
             f"cutoff_layer={settings.cutoff_layer}: {checkpoint.model!r} is no layerwise checkpoint, it scores at the end"
         )
-    config = AutoConfig.for_model(**checkpoint.config)
+    config = checkpoint.transformers_config()
     rope = getattr(config, "rope_parameters", None) or {}
     if "longrope" in (
         rope.get("rope_type"),

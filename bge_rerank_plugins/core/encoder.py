@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import softmax
-from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel
 
 from .attention import attend_from_first_rows
 from .inplace import work_in_place
@@ -192,7 +192,7 @@ def checked_config(checkpoint: Checkpoint, settings: RerankSettings) -> tuple[Pr
             raise ValueError(
                 f"{option}={getattr(settings, option)!r}: {checkpoint.model!r} is a cross-encoder, which has none"
             )
-    config = AutoConfig.for_model(**checkpoint.config)
+    config = checkpoint.transformers_config()
     if checkpoint.adapter_config is not None and "id2label" not in checkpoint.config:
         config.num_labels = 1  # a head that comes with the adapter; a bare encoder's config has no say in it
     if config.num_labels != 1:

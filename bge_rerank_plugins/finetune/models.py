@@ -17,7 +17,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from ..core.checkpoint import alone_and_quiet
 from ..core.decoder import Decoder
@@ -241,7 +241,7 @@ class EncoderTrainee(Trainee):
             raise ValueError(
                 f"prompt={self.settings.prompt!r}: {self.settings.model!r} is a cross-encoder, which has none"
             )
-        config = AutoConfig.for_model(**self.checkpoint.config)
+        config = self.checkpoint.transformers_config()
         architecture = architecture_of(config, self.checkpoint)
         self._first_position = architecture.layout.first_position(config.pad_token_id)
         return self.checkpoint.load(
@@ -279,7 +279,7 @@ class DecoderTrainee(Trainee):
     """A causal language model in training: one row of its head, at the last position."""
 
     def _load(self, dtype: torch.dtype) -> Any:
-        config = AutoConfig.for_model(**self.checkpoint.config)
+        config = self.checkpoint.transformers_config()
         prompt = Prompt(self.checkpoint, rerank_settings(self.settings), config.max_position_embeddings)
         self._answer = prompt.answer_id
         self._softcap: float | None = getattr(config, "final_logit_softcapping", None)
