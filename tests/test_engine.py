@@ -197,7 +197,7 @@ def test_weights_are_gone_when_the_devices_memory_is_given_back(family: str, mon
     seen: list[object] = []
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: seen.append(weights()))
     loaded.close()
-    assert seen == [None]
+    assert seen[-1] is None  # other engines of the process may have ended meanwhile
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
