@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from concurrent.futures import Future, ThreadPoolExecutor
 
-    from .core.engine import Engine, Room
+    from .core.engine import Engine
     from .core.families import Family
+    from .core.room import Room
     from .core.sequences import TokenSequence
 
 ENCODE_AT_ONCE = 32

@@ -223,7 +223,7 @@ def test_small_calls_do_not_pass_a_large_one_for_ever(encoder_dir: str) -> None:
             stop.set()
             for thread in small:
                 thread.join()
-        assert not scorer._lease.acquired()._granted
+        assert not scorer._lease.acquired()._rooms._granted
 
 
 async def test_room_that_nobody_waits_for_any_more_is_given_to_others(encoder_dir: str) -> None:
@@ -236,9 +236,9 @@ async def test_room_that_nobody_waits_for_any_more_is_given_to_others(encoder_di
             for call in calls[:5]:
                 call.cancel()
             assert len(await asyncio.wait_for(calls[5], timeout=60)) == 40
-        engine = scorer._lease.acquired()
-        assert not engine._granted
-        assert not [room for room in engine._room_waiters if not room.cancelled()]
+        rooms = scorer._lease.acquired()._rooms
+        assert not rooms._granted
+        assert not [room for room in rooms._waiters if not room.cancelled()]
 
 
 def test_the_queue_never_holds_more_than_its_bound(encoder_dir: str) -> None:

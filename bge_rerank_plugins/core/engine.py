@@ -27,6 +27,7 @@ import torch
 
 from .outcome import caused_by, give_error, give_error_to_all, give_score
 from .prefixes import Prefixes
+from .room import Room, Rooms
 from .schedule import Job, Pair, Request, Schedule
 from .sequences import computed_tokens
 from .worker import Pending, Worker
@@ -73,14 +74,6 @@ class QueueFullError(RuntimeError):
     """Too many tokens wait already."""
 
 
-class Room(Future[None]):
-    """Room for some tokens in a bounded queue, to come or granted."""
-
-    def __init__(self, tokens: int) -> None:
-        super().__init__()
-        self.tokens = tokens
-
-
 @dataclass
 class EngineStats:
     """Counters of an engine.
@@ -121,8 +114,7 @@ class Engine:
         self._changed = threading.Condition()
         self._schedule = Schedule()
         self._stats = EngineStats()
-        self._room_waiters: deque[Room] = deque()
-        self._granted: weakref.WeakSet[Room] = weakref.WeakSet()
+        self._rooms = self._empty_rooms()
         self._closed = False
         self._exiting = False
         self._failure: BaseException | None = None
@@ -179,25 +171,21 @@ class Engine:
         if bound is None:
             return None
         with self._changed:
-            if not self.usable:
-                return None
             may_wait = admitted or self._settings.when_full == "wait"
-            if self._has_room(tokens) and not (may_wait and self._room_waiters):
+            if not self.usable or (self._rooms.has(tokens) and not (may_wait and self._rooms.awaited)):
                 return None
-            if not may_wait:
-                queued = self._schedule.tokens
-                raise QueueFullError(f"{queued} tokens wait already, and max_queued_tokens={bound}: try again later")
-            room = Room(tokens)
-            self._room_waiters.append(room)
-            self._admit()
-            return room
+            if may_wait:
+                return self._rooms.wait_for(tokens)
+            queued = self._schedule.tokens
+            raise QueueFullError(f"{queued} tokens wait already, and max_queued_tokens={bound}: try again later")
+
+    def _empty_rooms(self) -> Rooms:
+        return Rooms(self._settings.max_queued_tokens, lambda: self._schedule.tokens)
 
     def give_back(self, room: Room) -> None:
         """Leaves room to others that was granted, or waited for, and is not needed any more."""
         with self._changed:
-            room.cancel()
-            self._granted.discard(room)
-            self._admit()
+            self._rooms.give_back(room)
 
     def submit(
         self,
@@ -227,7 +215,7 @@ class Engine:
                 self._raise_if_unusable()
             self._schedule.add(request)
             if room is not None:
-                self._granted.discard(room)
+                self._rooms.give_back(room)  # its tokens wait now
             self._stats.truncated += sum(sequence.truncated for sequence in sequences)
             self._changed.notify_all()
         return request.future
@@ -257,7 +245,7 @@ class Engine:
         """In a forked copy of the process: drops the lock, which a thread that is not there may hold, and all that it guards."""
         self._changed = threading.Condition()
         self._schedule = Schedule()
-        self._room_waiters = deque()
+        self._rooms = self._empty_rooms()
         self._closed = True
         self._exiting = True
 
@@ -340,20 +328,7 @@ class Engine:
             return []
 
     def _admit(self) -> None:
-        """Grants room to those who wait for it, the first first: a large one is not passed by small ones for ever."""
-        while self._room_waiters:
-            first = self._room_waiters[0]
-            if self.usable and not first.cancelled() and not self._has_room(first.tokens):
-                return
-            self._room_waiters.popleft()
-            if first.set_running_or_notify_cancel():
-                self._granted.add(first)
-                first.set_result(None)
-
-    def _has_room(self, tokens: int) -> bool:
-        bound = self._settings.max_queued_tokens
-        taken = self._schedule.tokens + sum(room.tokens for room in self._granted)
-        return bound is None or taken == 0 or taken + tokens <= bound
+        self._rooms.grant(to_all=not self.usable)
 
     def _start(self, worker: Worker, pairs: list[Pair], *, alone: bool) -> _Flight | None:
         """Has the worker's device compute a pack, `alone` on it or beside another one.
