@@ -13,7 +13,7 @@ from conftest import DATA
 from torch import Tensor
 
 from bge_rerank_plugins import Scorer
-from bge_rerank_plugins.core import layerwise
+from bge_rerank_plugins.core import layerwise, worker
 from bge_rerank_plugins.core.device import available_devices, choose_device, choose_precision
 from bge_rerank_plugins.core.engine import EngineClosedError
 from bge_rerank_plugins.core.outcome import give_error, give_score
@@ -256,7 +256,11 @@ def test_out_of_memory_halves_the_pack_and_loses_nothing(scorer: Scorer) -> None
 
 
 @pytest.mark.parametrize("name", ["decoder", "layerwise"])
-def test_a_query_of_an_llm_reranker_is_computed_once_for_all_packs_of_its_request(name: str) -> None:
+def test_a_query_of_an_llm_reranker_is_computed_once_for_all_packs_of_its_request(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And nothing fills its packs up in float32, also on processors where that pays for a cross-encoder."""
+    monkeypatch.setattr(worker, "pays", lambda dtype: True)
     query, passages = "what is a panda " * 10, [f"panda number {i} in Sichuan" for i in range(30)]
     with Scorer(str(DATA / name)) as whole, Scorer(str(DATA / name), max_batch_tokens=400) as parts:
         expected = whole.score(query, passages)

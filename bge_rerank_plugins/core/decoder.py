@@ -37,6 +37,7 @@ class Decoder:
         "Qwen3ForCausalLM",
     )
     float16_is_safe: ClassVar[bool] = False
+    packs_weights: ClassVar[bool] = False
     layers: ClassVar[range | None] = None
 
     def __init__(self, model: Any, prompt: Prompt) -> None:

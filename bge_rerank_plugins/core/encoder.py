@@ -63,6 +63,7 @@ class Encoder:
     name: ClassVar[str] = "encoder"
     architectures: ClassVar[tuple[str, ...]] = tuple(ARCHITECTURES)
     float16_is_safe: ClassVar[bool] = True
+    packs_weights: ClassVar[bool] = True
     layers: ClassVar[range | None] = None
 
     def __init__(self, model: PreTrainedModel, pairs: PairEncoder, max_length: int, architecture: Architecture) -> None:

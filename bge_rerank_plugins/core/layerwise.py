@@ -61,6 +61,7 @@ class Layerwise:
     name: ClassVar[str] = "layerwise"
     architectures: ClassVar[tuple[str, ...]] = ("LayerWiseMiniCPMForCausalLM",)
     float16_is_safe: ClassVar[bool] = False
+    packs_weights: ClassVar[bool] = False
 
     def __init__(
         self,

@@ -15,7 +15,7 @@ from .checkpoint import Checkpoint
 from .device import Precision, choose_device, choose_precision, free_memory
 from .families import family_of
 from .graphs import graphs_for
-from .linear import pays, rows_for
+from .linear import by_onednn, pays, rows_for
 from .packing import pack_sequences
 from .prefixes import Prefixes
 
@@ -73,17 +73,18 @@ class Worker:
         checkpoint = Checkpoint.from_settings(settings)
         kind = family_of(checkpoint)
         self.precision: Precision = choose_precision(settings.dtype, self.device, float16_is_safe=kind.float16_is_safe)
-        self.family = kind.load(checkpoint, settings, self.device, self.precision.dtype)
+        dtype = self.precision.dtype
+        self.family = kind.load(checkpoint, settings, self.device, dtype)
         usual = DEFAULT_BUDGET.get(self.device.type, OTHER_BUDGET)
         free = free_memory(self.device)
-        fits = budget_within(usual, free, token_bytes(checkpoint.config, self.precision.dtype))
+        fits = budget_within(usual, free, token_bytes(checkpoint.config, dtype))
         self.budget = settings.max_batch_tokens or fits
         self._full_budget = self.budget
-        few_sizes = self.device.type == "cpu" and pays(self.precision.dtype)
-        self._rows_for: Callable[[int], int] = rows_for if few_sizes else int
+        by_program = self.device.type == "cpu" and (by_onednn(dtype) or (kind.packs_weights and pays(dtype)))
+        self._rows_for: Callable[[int], int] = rows_for if by_program else int
         self._fitted = 0
         self.packs_ahead = 1 if self.device.type == "cuda" else 0
-        self._graphs = graphs_for(self.family, checkpoint.config, self.device, self.precision.dtype)
+        self._graphs = graphs_for(self.family, checkpoint.config, self.device, dtype)
         self.kept = Prefixes()
         self.last_finish = 0.0
 
