@@ -18,9 +18,7 @@ from transformers import (
     XLMRobertaModel,
 )
 from transformers.activations import ACT2FN
-from transformers.models.gemma.modeling_gemma import GemmaMLP, GemmaRMSNorm
-from transformers.models.granite.modeling_granite import GraniteRMSNorm
-from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
+from transformers.models.gemma.modeling_gemma import GemmaMLP
 
 from bge_rerank_plugins.core import inplace
 from bge_rerank_plugins.core.inplace import (
@@ -28,8 +26,7 @@ from bge_rerank_plugins.core.inplace import (
     GatedBlock,
     Projection,
     Residual,
-    Room,
-    RootMeanSquareNorm,
+    Workspace,
     add_product,
     parts_of,
     work_in_place,
@@ -79,7 +76,7 @@ def test_a_gated_block_computes_what_it_did(activation: str, rows: int, monkeypa
     torch.testing.assert_close(ours["mlp"](states), theirs["mlp"](states), rtol=1e-6, atol=1e-7)
     assert torch.equal(states, before)
     to_wide = [count for count, width in seen if width == 16]
-    assert sum(to_wide) == 2 * 29, "a wide state that is not in a room"
+    assert sum(to_wide) == 2 * 29, "a wide state that is not in a workspace"
     assert max(to_wide) < (2 * rows if rows < 29 else 30), "not in parts"
 
 
@@ -99,60 +96,12 @@ def test_parts_of_a_gated_block_are_not_multiplied_in_batches(
 
 
 @torch.inference_mode()
-def test_the_wide_states_of_all_layers_stand_in_the_same_two_rooms() -> None:
+def test_the_wide_states_of_all_layers_stand_in_the_same_two_workspaces() -> None:
     model = nn.ModuleList([gated("silu") for _ in range(3)])
     work_in_place(model)
-    rooms = {module._rooms for module in model.modules() if isinstance(module, GatedBlock)}
-    assert len(rooms) == 1
-    assert len(set(rooms.pop())) == 2, "two that are read together in one room"
-
-
-@pytest.mark.parametrize("kind", [GemmaRMSNorm, GraniteRMSNorm, Qwen3RMSNorm])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("shape", [(1, 29, 16), (1, 29, 3, 16), (1, 1, 16), (29, 16)])
-@torch.inference_mode()
-def test_norms_in_parts_compute_what_they_did(
-    kind: Any, dtype: torch.dtype, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(inplace.NUMBERS_AT_HAND, "cpu", 7 * 16 + 3)
-    theirs = kind(16).to(dtype)
-    theirs.weight.copy_(torch.rand(16) + 0.5)
-    model = nn.ModuleDict({"input_layernorm": theirs})
-    work_in_place(model)
-    ours = model["input_layernorm"]
-    assert isinstance(ours, RootMeanSquareNorm)
-    seen = rows_seen_by(theirs)
-    states = torch.randn(shape, dtype=dtype)
-    before = states.clone()
-    found = ours(states)
-    assert torch.equal(found, theirs(states))
-    assert torch.equal(states, before)
-    assert max(seen[:-1]) <= 7, "not in parts"
-
-
-@pytest.mark.parametrize("kind", [GemmaRMSNorm, GraniteRMSNorm, Qwen3RMSNorm])
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 2**-7)])
-@pytest.mark.parametrize("offset", [0.5, 60.0])
-@torch.inference_mode()
-def test_norms_in_one_kernel_compute_what_they_did(
-    kind: Any, dtype: torch.dtype, tolerance: float, offset: float
-) -> None:
-    """As on a GPU, also where a weight is so large that one more of it would not show in half precision."""
-    norm = kind(16).to(dtype)
-    norm.weight.copy_(torch.rand(16) + offset)
-    in_one_kernel = inplace.norm_in_one_kernel(norm)
-    assert in_one_kernel is not None
-    assert in_one_kernel.func is (inplace._scaled_from_one if kind is GemmaRMSNorm else inplace._scaled)
-    states = torch.randn(1, 29, 16, dtype=dtype)
-    torch.testing.assert_close(in_one_kernel(states), norm(states), rtol=tolerance, atol=tolerance)
-
-
-def test_a_norm_of_another_kind_stays_what_it_is() -> None:
-    class OddRMSNorm(GraniteRMSNorm):
-        def forward(self, states: torch.Tensor) -> torch.Tensor:
-            return super().forward(states) + 1
-
-    assert inplace.norm_in_one_kernel(OddRMSNorm(16)) is None
+    workspaces = {module._workspaces for module in model.modules() if isinstance(module, GatedBlock)}
+    assert len(workspaces) == 1
+    assert len(set(workspaces.pop())) == 2, "two that are read together in one workspace"
 
 
 def test_a_block_with_an_activation_that_is_not_known_is_left_alone() -> None:
@@ -184,19 +133,19 @@ def test_layers_of_encoders_compute_what_they_did(
     work_in_place(ours)
     assert len([module for module in ours.modules() if isinstance(module, Residual)]) == 2
     assert len([module for module in ours.modules() if isinstance(module, FeedForward)]) == 2
-    rooms = [module._room for module in ours.modules() if isinstance(module, Projection)]
-    assert len(rooms) == 6
-    assert len(set(rooms[:3])) == 3, "two that are read together in one room"
-    assert rooms[:3] == rooms[3:], "one layer's beside the other's"
+    workspaces = [module._workspace for module in ours.modules() if isinstance(module, Projection)]
+    assert len(workspaces) == 6
+    assert len(set(workspaces[:3])) == 3, "two that are read together in one workspace"
+    assert workspaces[:3] == workspaces[3:], "one layer's beside the other's"
     seen: list[int] = []
-    product = Room.product
+    product = Workspace.product
 
-    def watched(room: Room, layer: nn.Module, states: torch.Tensor) -> torch.Tensor:
+    def watched(workspace: Workspace, layer: nn.Module, states: torch.Tensor) -> torch.Tensor:
         if layer.weight.shape == (48, 32):
             seen.append(states.shape[-2])
-        return product(room, layer, states)
+        return product(workspace, layer, states)
 
-    monkeypatch.setattr(Room, "product", watched)
+    monkeypatch.setattr(Workspace, "product", watched)
     states = torch.randn(1, 29, 32)
     want = theirs(states)[0]
     torch.testing.assert_close(ours(states)[0], want, rtol=1e-5, atol=1e-6)
@@ -223,20 +172,20 @@ SHAPES = st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9), st.integers(1,
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @given(shapes=SHAPES, bias=st.booleans())
 @torch.inference_mode()
-def test_a_room_holds_products_of_any_shape_one_after_another(
+def test_a_workspace_holds_products_of_any_shape_one_after_another(
     dtype: torch.dtype, shapes: list[tuple[int, int, int]], bias: bool
 ) -> None:
-    room = Room()
+    workspace = Workspace()
     for rows, inputs, outputs in shapes:
         layer = nn.Linear(inputs, outputs, bias=bias, dtype=dtype)
         states = torch.randn(1, rows, inputs, dtype=dtype)
-        torch.testing.assert_close(room.product(layer, states), layer(states))
+        torch.testing.assert_close(workspace.product(layer, states), layer(states))
 
 
 @torch.inference_mode()
-def test_a_room_is_made_once() -> None:
-    room = Room()
-    large, small = (room.product(nn.Linear(4, 8), torch.randn(1, rows, 4)) for rows in (9, 3))
+def test_a_workspace_is_made_once() -> None:
+    workspace = Workspace()
+    large, small = (workspace.product(nn.Linear(4, 8), torch.randn(1, rows, 4)) for rows in (9, 3))
     assert large.data_ptr() == small.data_ptr()
 
 

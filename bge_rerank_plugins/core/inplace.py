@@ -8,22 +8,19 @@ built.
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable
-from functools import partial
 from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import rms_norm, silu
+from torch.nn.functional import silu
 from transformers.activations import GELUActivation, GELUTanh, SiLUActivation
+
+from .norms import RootMeanSquareNorm
 
 ROWS = {"cpu": 1536}
 """Fewest rows of a part, by kind of device; all of them where it is not named. Products of fewer are slower."""
-
-NUMBERS_AT_HAND = {"cpu": 2**18}
-"""Numbers of a part that is passed over several times: the processor's caches hold it, and what is made of it on the way."""
 
 _IN_PLACE: dict[type, Callable[[Tensor], Tensor]] = {
     SiLUActivation: lambda states: silu(states, inplace=True),
@@ -40,14 +37,14 @@ def parts_of(states: Tensor) -> tuple[Tensor, ...]:
     return torch.split(states, max(1, -(-rows // count)), dim=-2)
 
 
-class Room:
+class Workspace:
     """Memory for a product that is read before the next one is written there, kept for as long as the model is."""
 
     def __init__(self) -> None:
         self._held = torch.empty(0)
 
     def product(self, layer: nn.Module, states: Tensor) -> Tensor:
-        """`layer(states)`, in this room if torch's own layer computes it on a CPU. Valid until the next call."""
+        """`layer(states)`, in this workspace if torch's own layer computes it on a CPU. Valid until the next call."""
         if not _is_plain(layer, states):
             product: Tensor = layer(states)
             return product
@@ -55,9 +52,9 @@ class Room:
         size = math.prod(shape)
         if self._held.numel() < size:
             self._held = states.new_empty(size)
-        room = self._held[:size].view(shape)
-        put_product(room, layer, states)
-        return room
+        workspace = self._held[:size].view(shape)
+        put_product(workspace, layer, states)
+        return workspace
 
 
 def put_product(place: Tensor, layer: nn.Module, states: Tensor) -> None:
@@ -92,20 +89,20 @@ def _rows(states: Tensor) -> Tensor:
 
 
 class Projection(nn.Module):
-    """A linear layer whose product stands in a room, for inference only.
+    """A linear layer whose product stands in a workspace, for inference only.
 
     Args:
         layer: The layer that it replaces.
-        room: Where its product is read before the next layer's is written.
+        workspace: Where its product is read before the next layer's is written.
     """
 
-    def __init__(self, layer: nn.Linear, room: Room) -> None:
+    def __init__(self, layer: nn.Linear, workspace: Workspace) -> None:
         super().__init__()
-        self._layer, self._room = layer, room
+        self._layer, self._workspace = layer, workspace
 
     def forward(self, states: Tensor) -> Tensor:
         """Shape (..., features)."""
-        return self._room.product(self._layer, states)
+        return self._workspace.product(self._layer, states)
 
 
 class GatedBlock(nn.Module):
@@ -114,14 +111,16 @@ class GatedBlock(nn.Module):
     Args:
         block: The block that it replaces.
         activate: Its activation, in place.
-        rooms: For the wide states, two of which are read together.
+        workspaces: For the wide states, two of which are read together.
     """
 
-    def __init__(self, block: Any, activate: Callable[[Tensor], Tensor], rooms: tuple[Room, Room]) -> None:
+    def __init__(
+        self, block: Any, activate: Callable[[Tensor], Tensor], workspaces: tuple[Workspace, Workspace]
+    ) -> None:
         super().__init__()
         self._gate, self._up, self._down = block.gate_proj, block.up_proj, block.down_proj
         self._activate = activate
-        self._rooms = rooms
+        self._workspaces = workspaces
 
     def forward(self, states: Tensor) -> Tensor:
         """Shape (..., hidden), as `states`."""
@@ -135,66 +134,10 @@ class GatedBlock(nn.Module):
         return output
 
     def _wide(self, states: Tensor) -> Tensor:
-        gate_room, up_room = self._rooms
-        gated = self._activate(gate_room.product(self._gate, states))
-        gated *= up_room.product(self._up, states)
+        gate_workspace, up_workspace = self._workspaces
+        gated = self._activate(gate_workspace.product(self._gate, states))
+        gated *= up_workspace.product(self._up, states)
         return gated
-
-
-class RootMeanSquareNorm(nn.Module):
-    """A norm of the LLM families, for inference only: what is made on the way, much of it in float32, is small.
-
-    Other devices than a CPU have a kernel that makes nothing on the way.
-
-    Args:
-        norm: The norm that it replaces.
-    """
-
-    def __init__(self, norm: Any) -> None:
-        super().__init__()
-        self._norm = norm
-        self._in_one_kernel = None if norm.weight.device.type == "cpu" else norm_in_one_kernel(norm)
-
-    def forward(self, states: Tensor) -> Tensor:
-        """Shape (..., features), as `states`."""
-        if self._in_one_kernel is not None:
-            return self._in_one_kernel(states)
-        numbers = NUMBERS_AT_HAND.get(states.device.type, states.numel())
-        if states.numel() <= numbers:
-            whole: Tensor = self._norm(states)
-            return whole
-        output = torch.empty_like(states)
-        rows = max(1, numbers // states.shape[-1])
-        parts, places = (torch.split(_rows(of), rows) for of in (states, output))
-        for part, place in zip(parts, places, strict=True):
-            place.copy_(self._norm(part))
-        return output
-
-
-def _scaled(states: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-    """The norm of Llama's kind."""
-    return rms_norm(states, weight.shape, weight, epsilon)
-
-
-def _scaled_from_one(states: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-    """The norm of Gemma's kind, which scales by one more than its weights."""
-    normed = rms_norm(states, weight.shape, None, epsilon)
-    return torch.addcmul(normed, normed, weight)
-
-
-@torch.no_grad()
-def norm_in_one_kernel(norm: Any) -> Callable[[Tensor], Tensor] | None:
-    """What a norm computes, by torch's own `rms_norm`; None if that computes something else, as is tried out in float32."""
-    epsilon: float = getattr(norm, "variance_epsilon", getattr(norm, "eps", 0.0))
-    exact = copy.deepcopy(norm).float()
-    weight: Tensor = exact.weight
-    numbers = torch.arange(2 * weight.numel(), dtype=torch.float32, device=weight.device)
-    states = (numbers.remainder(11) / 11 - 0.4).view(2, -1)
-    expected = exact(states)
-    for form in (_scaled, _scaled_from_one):
-        if torch.allclose(form(states, weight, epsilon), expected, rtol=1e-4, atol=1e-6):
-            return partial(form, weight=norm.weight, epsilon=epsilon)
-    return None
 
 
 class Residual(nn.Module):
@@ -221,20 +164,20 @@ class FeedForward(nn.Module):
     Args:
         intermediate: The first half.
         output: The second one, which adds the states before the first.
-        room: For the states between them.
+        workspace: For the states between them.
     """
 
-    def __init__(self, intermediate: Any, output: Residual, room: Room) -> None:
+    def __init__(self, intermediate: Any, output: Residual, workspace: Workspace) -> None:
         super().__init__()
         self._up = intermediate.dense
         self._activate = _IN_PLACE.get(type(intermediate.intermediate_act_fn), intermediate.intermediate_act_fn)
         self._down, self._norm = output.dense, output.norm
-        self._room = room
+        self._workspace = workspace
 
     def forward(self, states: Tensor, _: Tensor) -> Tensor:
         """Shape (..., hidden), as `states`, which the layer hands over twice, and which it overwrites."""
         for part in parts_of(states):
-            add_product(part, self._down, self._activate(self._room.product(self._up, part)))
+            add_product(part, self._down, self._activate(self._workspace.product(self._up, part)))
         normed: Tensor = self._norm(states)
         return normed
 
@@ -242,8 +185,8 @@ class FeedForward(nn.Module):
 def work_in_place(model: nn.Module) -> None:
     """Replaces the blocks of these builds; leaves all others as they are, and those whose activation is not known."""
     modules: list[Any] = list(model.modules())
-    room, other_room = Room(), Room()
-    projected = {name: Room() for name in ("query", "key", "value")}  # in layers of BERT's build
+    workspace, other_workspace = Workspace(), Workspace()
+    projected = {name: Workspace() for name in ("query", "key", "value")}  # in layers of BERT's build
     for module in modules:
         for name, child in list(module.named_children()):
             if name in projected and type(child) is nn.Linear:
@@ -251,11 +194,11 @@ def work_in_place(model: nn.Module) -> None:
             parts = {part for part, _ in child.named_children()}
             activate = _IN_PLACE.get(type(getattr(child, "act_fn", None)))
             if parts == {"gate_proj", "up_proj", "down_proj", "act_fn"} and activate is not None:
-                setattr(module, name, GatedBlock(child, activate, (room, other_room)))
+                setattr(module, name, GatedBlock(child, activate, (workspace, other_workspace)))
             elif type(child).__name__.endswith("RMSNorm"):
                 setattr(module, name, RootMeanSquareNorm(child))
             elif parts == {"dense", "LayerNorm", "dropout"} and type(child).__name__.endswith("Output"):
                 setattr(module, name, Residual(child))
         if hasattr(module, "feed_forward_chunk"):  # a layer of BERT's build
-            module.output = FeedForward(module.intermediate, module.output, room)
+            module.output = FeedForward(module.intermediate, module.output, workspace)
             module.intermediate = nn.Identity()
