@@ -10,7 +10,7 @@ import threading
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
-from .call import Turns
+from .turns import Turns
 
 if TYPE_CHECKING:
     from .core.engine import Engine

@@ -366,7 +366,7 @@ def test_calls_that_begin_together_are_few_jobs_for_the_tokenizer(scorer: Scorer
 def test_an_error_in_one_of_many_calls_is_that_calls_alone(scorer: Scorer) -> None:
     from functools import partial
 
-    from bge_rerank_plugins.call import Turns
+    from bge_rerank_plugins.turns import Turns
 
     def fail() -> None:
         raise ZeroDivisionError

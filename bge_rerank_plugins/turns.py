@@ -1,0 +1,86 @@
+"""Work that callers on an event loop give to a thread, all of one turn of the loop at once.
+
+Knows nothing of what the work is.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from concurrent.futures import Future, ThreadPoolExecutor
+
+RETURNED_AT_ONCE = 16
+"""Results that go back to the loop together; more would keep the device waiting for the first."""
+
+_Waiting = list[tuple[Callable[[], Any], "asyncio.Future[Any]"]]
+_Done = list[tuple["asyncio.Future[Any]", Any, "BaseException | None"]]
+
+
+class Turns:
+    """Work that callers on one event loop give to a thread: all of one turn of the loop goes there as one job.
+
+    A thousand calls that begin at once would hold up the loop for as long as a thousand jobs take to queue and to come back.
+
+    Args:
+        thread: Who does the work. Everything else happens on the loop.
+    """
+
+    def __init__(self, thread: ThreadPoolExecutor) -> None:
+        self.thread = thread
+        self._waiting: _Waiting = []
+
+    def run(self, work: Callable[[], Any]) -> asyncio.Future[Any]:
+        """What resolves to the result of `work`; cancelling it spares the work if it has not begun."""
+        loop = asyncio.get_running_loop()
+        future = loop.create_future()
+        self._waiting.append((work, future))
+        if len(self._waiting) == 1:
+            loop.call_soon(self._send, loop)
+        return future
+
+    def _send(self, loop: asyncio.AbstractEventLoop) -> None:
+        waiting, self._waiting = self._waiting, []
+        try:
+            job = self.thread.submit(_do, loop, waiting)
+        except RuntimeError as error:  # the thread has been shut down
+            _deliver([(future, None, error) for _, future in waiting])
+            return
+
+        def fail_if_dropped(job: Future[None]) -> None:
+            if job.cancelled():
+                error = RuntimeError("the scorer was closed before this request was tokenised")
+                _give_back(loop, [(future, None, error) for _, future in waiting])
+
+        job.add_done_callback(fail_if_dropped)
+
+
+def _do(loop: asyncio.AbstractEventLoop, waiting: _Waiting) -> None:
+    for start in range(0, len(waiting), RETURNED_AT_ONCE):
+        done: _Done = []
+        for work, future in waiting[start : start + RETURNED_AT_ONCE]:
+            if future.cancelled():
+                continue
+            try:
+                done.append((future, work(), None))
+            except BaseException as error:
+                done.append((future, None, error))
+        _give_back(loop, done)
+
+
+def _give_back(loop: asyncio.AbstractEventLoop, done: _Done) -> None:
+    with suppress(RuntimeError):  # the loop has been closed, and nobody waits there
+        loop.call_soon_threadsafe(_deliver, done)
+
+
+def _deliver(done: _Done) -> None:
+    for future, result, error in done:
+        if future.done():
+            continue
+        if error is None:
+            future.set_result(result)
+        else:
+            future.set_exception(error)
