@@ -54,10 +54,31 @@ def test_a_packed_layer_takes_any_shape(rows: int, inputs: int, outputs: int, bi
     torch.testing.assert_close(with_gelu(states), torch.nn.functional.gelu(product), atol=1e-5, rtol=1e-4)
 
 
+linear_pays = linear.pays
+
+
 @pytest.fixture(autouse=True)
 def oneDNN_pays(monkeypatch: pytest.MonkeyPatch) -> None:
     """On every processor, so that what other processors do is tested on this one."""
     monkeypatch.setattr(linear, "pays", lambda dtype: True)
+
+
+@pytest.mark.parametrize(
+    ("processor", "in_float32"),
+    [
+        ({"cpu_name": "AMD EPYC 9R14", "avx512_f": True}, True),
+        ({"cpu_name": "AMD EPYC", "avx512_f": False}, False),
+        ({"cpu_name": "Intel(R) Xeon(R) Platinum 8488C", "avx512_f": True}, False),
+        ({}, False),
+    ],
+)
+def test_weights_are_laid_out_for_oneDNN_where_it_is_the_faster(
+    processor: dict[str, Any], in_float32: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On an AMD processor without AVX512, a pack took a quarter longer with them."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: processor)
+    assert linear_pays.__wrapped__(torch.bfloat16)
+    assert linear_pays.__wrapped__(torch.float32) == in_float32
 
 
 @given(rows=st.integers(1, 20_000))

@@ -64,8 +64,9 @@ def _fuse_activation(module: Any) -> None:
 
 @cache
 def pays(dtype: torch.dtype) -> bool:
-    """Whether oneDNN's layout is the faster one: in bfloat16; in float32 on AMD processors, which MKL does not favour."""
-    return dtype != torch.float32 or "AMD" in str(torch.cpu.get_capabilities().get("cpu_name"))
+    """Whether oneDNN's layout is the faster one: in bfloat16; in float32 where MKL has AVX512 and leaves it, on AMD processors."""
+    processor = torch.cpu.get_capabilities()
+    return dtype != torch.float32 or ("AMD" in str(processor.get("cpu_name")) and bool(processor.get("avx512_f")))
 
 
 def rows_for(rows: int) -> int:
