@@ -75,7 +75,7 @@ def test_scores_do_not_depend_on_the_attention_of_the_device(
     assert scores == pytest.approx([reference.score("panda", passage) for passage in passages], abs=1e-4)
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 6e-2)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.15)])
 def test_the_last_layer_without_keys_and_values_is_the_same_function(
     dtype: torch.dtype, tolerance: float, classifier_dirs: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -84,12 +84,15 @@ def test_the_last_layer_without_keys_and_values_is_the_same_function(
     for path in classifier_dirs.values():
         encoder = load(path, dtype)
         pack = pack_sequences(encoder.encode("panda", ["", "a bear", "the giant panda " * 20]))
+        keys: list[int] = []
+        last_layer: Any = encoder._last_layer
+        last_layer.attention.self.key.register_forward_hook(lambda *_, keys=keys: keys.append(1))
         scores = []
         for by_sequence in (True, False):
             monkeypatch.setattr(module, "by_sequence", lambda hidden, chosen=by_sequence: chosen)
             with torch.inference_mode():
                 scores.append(encoder.forward(pack))
-        assert not torch.equal(*scores), "computed in one way twice"
+            assert bool(keys) != by_sequence, "computed in the other way"
         torch.testing.assert_close(*scores, rtol=0, atol=tolerance)
 
 
