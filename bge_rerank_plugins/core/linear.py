@@ -64,7 +64,7 @@ def _fuse_activation(module: Any) -> None:
 
 @cache
 def pays(dtype: torch.dtype) -> bool:
-    """Whether oneDNN's layout is the faster one: in bfloat16; in float32 on AMD processors with AVX512, which MKL does not use."""
+    """Whether oneDNN's layout is faster: in bfloat16; in float32 on AMD processors with AVX512, which MKL does not use."""
     processor = torch.cpu.get_capabilities()
     return dtype != torch.float32 or ("AMD" in str(processor.get("cpu_name")) and bool(processor.get("avx512_f")))
 
