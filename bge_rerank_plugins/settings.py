@@ -120,8 +120,9 @@ class RerankSettings(BaseModel):
 
     @field_validator("model", "peft_path", "cache_dir", mode="before")
     @classmethod
-    def _path_is_text(cls, value: object) -> object:
-        return os.fspath(value) if isinstance(value, os.PathLike) else value
+    def _path_is_text_in_full(cls, value: object) -> object:
+        path = os.fspath(value) if isinstance(value, os.PathLike) else value
+        return os.path.expanduser(path) if isinstance(path, str) else path
 
     @field_validator("max_length", "query_max_length")
     @classmethod

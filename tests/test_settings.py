@@ -1,8 +1,11 @@
 """Options: one definition, clear refusals, secrets kept."""
 
 import inspect
+import shutil
+from pathlib import Path
 
 import pytest
+from conftest import DATA
 from pydantic import ValidationError
 
 from bge_rerank_plugins import RerankSettings, Scorer
@@ -42,6 +45,21 @@ def test_every_option_is_documented() -> None:
 def test_an_impossible_option_is_refused_by_name(options: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Scorer(**({"model": "m"} | options))  # type: ignore[arg-type]
+
+
+def test_a_path_in_the_home_directory_is_written_in_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was no directory, and "~" no hub id either."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))  # on Windows
+    shutil.copytree(DATA / "encoder", tmp_path / "model")
+    settings = RerankSettings(model="~/model", peft_path=Path("~/adapter"), cache_dir="~")
+    assert [settings.model, settings.peft_path, settings.cache_dir] == [
+        str(tmp_path / "model"),
+        str(tmp_path / "adapter"),
+        str(tmp_path),
+    ]
+    with Scorer("~/model") as scorer:
+        assert len(scorer.score("a", ["b"])) == 1
 
 
 def test_an_unknown_option_is_refused() -> None:
