@@ -23,7 +23,6 @@ from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import cached_file
 
 from .attention import ATTENTION
-from .sequences import longest_pair
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -151,18 +150,6 @@ class Checkpoint:
             return dict(PeftConfig.from_pretrained(self.peft_path, **self._hub(revision=False)).to_dict())
         except (OSError, ValueError) as error:
             raise ValueError(f"peft_path={self.peft_path!r}: no LoRA adapter can be read there: {error}") from error
-
-    def max_length(self, asked: int | None, positions: int) -> int:
-        """Longest pair in tokens.
-
-        Args:
-            asked: The user's `max_length`, or None for the default: 1024, the length of the published evaluation.
-            positions: Number of positions that the checkpoint leaves for a pair.
-
-        Raises:
-            ValueError: More is asked for than there is.
-        """
-        return longest_pair(asked, positions, self.model)
 
     def tokenizer(self) -> PreTrainedTokenizerFast:
         """The tokenizer as published, with its truncation and padding switched off once, before anyone shares it.

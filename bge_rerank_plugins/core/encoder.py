@@ -20,7 +20,7 @@ from .inplace import work_in_place
 from .linear import in_few_sizes, pack_linear_layers
 from .packing import Pack
 from .pairs import BERT, ROBERTA, PairEncoder, PairLayout
-from .sequences import TokenSequence
+from .sequences import TokenSequence, longest_pair
 
 if TYPE_CHECKING:
     from ..settings import RerankSettings
@@ -206,9 +206,8 @@ def checked_config(checkpoint: Checkpoint, settings: RerankSettings) -> tuple[Pr
             f"model={checkpoint.model!r}: position_embedding_type={kind!r} is not supported, only 'absolute'"
         )
     architecture = architecture_of(config, checkpoint)
-    first_position = architecture.layout.first_position(config.pad_token_id)
-    max_length = checkpoint.max_length(settings.max_length, config.max_position_embeddings - first_position)
-    return config, architecture, max_length
+    positions = config.max_position_embeddings - architecture.layout.first_position(config.pad_token_id)
+    return config, architecture, longest_pair(settings.max_length, positions, checkpoint.model)
 
 
 def pair_encoder(checkpoint: Checkpoint, settings: RerankSettings) -> PairEncoder:

@@ -10,7 +10,7 @@ import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from .sequences import TokenSequence
+from .sequences import TokenSequence, longest_pair
 from .windows import split_text
 
 if TYPE_CHECKING:
@@ -53,7 +53,8 @@ class Prompt:
         self._tail = [*self._separator, *prompt]
         self.answer_id = answer[0]
         self.extra_tokens = len(self._tail)
-        self.max_length = max_length = checkpoint.max_length(settings.max_length, positions - self.extra_tokens)
+        room = positions - self.extra_tokens
+        self.max_length = max_length = longest_pair(settings.max_length, room, checkpoint.model)
         if max_length < 5:
             raise ValueError(f"max_length={max_length}: no room for a query and a passage, take at least 5")
         self._query_instruction = _or_default(settings.query_instruction, QUERY_INSTRUCTION)
