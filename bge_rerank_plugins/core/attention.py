@@ -298,8 +298,8 @@ def _attend_padded(
     groups = query.shape[1] // key.shape[1]
     if pack.key_rows is not None:
         key, value = key[pack.key_rows], value[pack.key_rows]
-    q_lengths = [s.stop - s.start for s in pack.segments]
-    k_lengths = [s.stop - s.start + s.prefix_stop - s.prefix_start for s in pack.segments]
+    q_lengths = [segment.queries for segment in pack.segments]
+    k_lengths = [segment.keys for segment in pack.segments]
 
     def padded(states: Tensor, lengths: list[int]) -> Tensor:
         """(tokens, heads, head_dim) -> (segments, heads, longest, head_dim), filled at the front."""

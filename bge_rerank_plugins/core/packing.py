@@ -6,8 +6,9 @@ every sequence that shares it; or it stood in an earlier pack, and they were kep
 beyond "put these index tensors there".
 """
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -28,6 +29,16 @@ class Segment(NamedTuple):
     stop: int
     prefix_start: int = 0
     prefix_stop: int = 0
+
+    @property
+    def queries(self) -> int:
+        """Number of its rows."""
+        return self.stop - self.start
+
+    @property
+    def keys(self) -> int:
+        """Number of the keys that they see, those of the prefix included."""
+        return self.queries + self.prefix_stop - self.prefix_start
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +103,6 @@ def pack_sequences(
         laid.add(TokenSequence([0] * missing, position_ids=[0] * missing))
     segments = laid.segments()
 
-    key_counts = [s.stop - s.start + s.prefix_stop - s.prefix_start for s in segments]
     key_rows = None
     if any(s.prefix_stop for s in segments):
         key_rows = [row for s in segments for row in (*range(s.prefix_start, s.prefix_stop), *range(s.start, s.stop))]
@@ -104,7 +114,7 @@ def pack_sequences(
         "first_rows": laid.first_rows,
         "last_rows": laid.last_rows,
         "cu_seqlens_q": [0, *(s.stop for s in segments)],
-        "cu_seqlens_k": _running_sum(key_counts),
+        "cu_seqlens_k": list(accumulate((s.keys for s in segments), initial=0)),
         "key_rows": key_rows or [],
     }
     on_device = _in_one_copy(columns, torch.device(device))
@@ -119,8 +129,8 @@ def pack_sequences(
         cu_seqlens_q=on_device["cu_seqlens_q"].to(torch.int32),
         cu_seqlens_k=on_device["cu_seqlens_k"].to(torch.int32),
         key_rows=on_device["key_rows"] if key_rows is not None else None,
-        longest_q=max((s.stop - s.start for s in segments), default=0),
-        longest_k=max(key_counts, default=0),
+        longest_q=max((s.queries for s in segments), default=0),
+        longest_k=max((s.keys for s in segments), default=0),
         carried=Carried(kept, tuple(laid.read), kept.of(keep), own),
     )
 
@@ -185,10 +195,3 @@ def _in_one_copy(columns: dict[str, list[int]], device: torch.device) -> dict[st
     # Other memory may be gone before a copy that nobody waits for has read it (MPS).
     parts = torch.split(joined.to(device, non_blocking=pinned), [len(column) for column in columns.values()])
     return dict(zip(columns, parts, strict=True))
-
-
-def _running_sum(counts: Iterable[int]) -> list[int]:
-    sums = [0]
-    for count in counts:
-        sums.append(sums[-1] + count)
-    return sums
