@@ -106,6 +106,7 @@ class Engine:
 
     Attributes:
         loaded: Resolves to the family of the first device when all devices have loaded; its `encode` is safe to share.
+        tokenizer_thread: A thread that tokenises for callers who must not block.
     """
 
     def __init__(self, settings: RerankSettings) -> None:
@@ -121,7 +122,7 @@ class Engine:
         self._pid = os.getpid()
         self.loaded: Future[Family] = Future()
         self._families: list[Family | None] = [None] * len(names)
-        self._tokenizer_thread = ThreadPoolExecutor(1, thread_name_prefix="bge-rerank-tokenizer")
+        self.tokenizer_thread = ThreadPoolExecutor(1, thread_name_prefix="bge-rerank-tokenizer")
         self._workers = [
             threading.Thread(target=self._work, args=(index, name), name=f"bge-rerank-{name or 'device'}", daemon=True)
             for index, name in enumerate(names)
@@ -138,11 +139,6 @@ class Engine:
     def serves(self, settings: RerankSettings) -> bool:
         """Whether this is the engine for these settings."""
         return self.usable and key_of(settings) == key_of(self._settings)
-
-    @property
-    def tokenizer_thread(self) -> ThreadPoolExecutor:
-        """A thread that tokenises for callers who must not block."""
-        return self._tokenizer_thread
 
     def open_job(self, pairs: float) -> Job:
         """Announces a caller's job: how many pairs it will submit, in one request or several."""
@@ -229,7 +225,7 @@ class Engine:
             self._changed.notify_all()
         if not self._exiting:
             self._refuse(waiting)
-        self._tokenizer_thread.shutdown(wait=False, cancel_futures=True)
+        self.tokenizer_thread.shutdown(wait=False, cancel_futures=True)
         for worker in self._workers:
             if wait and worker is not threading.current_thread():
                 worker.join(timeout=STOP_TIMEOUT)
