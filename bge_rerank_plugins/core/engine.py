@@ -343,20 +343,7 @@ class Engine:
             )
         except torch.OutOfMemoryError as error:
             traceback.clear_frames(error.__traceback__)  # which hold what did fit of the pack
-            with self._changed:
-                self._stats.out_of_memory += 1
-            logger.warning("out of memory on %s with %d tokens at once; going on with less", worker.device, tokens)
-            if len(pairs) > 1:
-                worker.shrink(tokens)
-            elif alone:
-                message = f"one pair of {len(pairs[0].sequence)} tokens does not fit; lower max_length"
-                give_error(pairs[0].request, caused_by(error, f"out of memory on {worker.device}: {message}"))
-                return None
-            with self._changed:
-                if self.usable:
-                    self._schedule.put_back(pairs)
-                    return None
-            self._refuse(pair.request for pair in pairs)
+            self._try_again(worker, pairs, tokens, error, alone=alone)
             return None
         except BaseException as error:
             if not isinstance(error, Exception):
@@ -366,6 +353,25 @@ class Engine:
                 raise  # the thread is meant to end
             return None
         return _Flight(pairs, pending, start, tokens)
+
+    def _try_again(
+        self, worker: Worker, pairs: list[Pair], tokens: int, error: torch.OutOfMemoryError, *, alone: bool
+    ) -> None:
+        """Queues the pairs of a pack that did not fit, for packs of less; a pair that does not fit alone fails its request."""
+        with self._changed:
+            self._stats.out_of_memory += 1
+        logger.warning("out of memory on %s with %d tokens at once; going on with less", worker.device, tokens)
+        if len(pairs) > 1:
+            worker.shrink(tokens)
+        elif alone:
+            message = f"one pair of {len(pairs[0].sequence)} tokens does not fit; lower max_length"
+            give_error(pairs[0].request, caused_by(error, f"out of memory on {worker.device}: {message}"))
+            return
+        with self._changed:
+            if self.usable:
+                self._schedule.put_back(pairs)
+                return
+        self._refuse(pair.request for pair in pairs)
 
     def _finish(self, worker: Worker, flight: _Flight) -> None:
         """Waits for a pack and gives its scores to those who asked for them."""
