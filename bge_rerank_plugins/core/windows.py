@@ -30,11 +30,11 @@ def _spans(tokenizer: Tokenizer, text: str, room: int, instruction: str) -> Iter
     def tokens(part: str) -> int:
         return len(tokenizer.encode(instruction + part, add_special_tokens=False).ids)
 
-    if tokens(text) <= room or room <= tokens(""):  # it fits, or no part of it ever does
+    size = room - tokens("")
+    if tokens(text) <= room or size < 1:  # it fits, or no part of it ever does
         yield 0, len(text)
         return
     offsets = tokenizer.encode(text, add_special_tokens=False).offsets
-    size = max(1, room - tokens(""))
     start = stop = 0
     while stop < len(offsets):
         stop = min(start + size, len(offsets))
