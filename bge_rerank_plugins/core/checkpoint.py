@@ -197,9 +197,8 @@ class Checkpoint:
         Raises:
             ValueError: No safetensors, or weights that neither the checkpoint nor its adapter holds; a LoRA adapter beside them.
         """
-        if (
-            self.file("adapter_config.json") is not None
-        ):  # transformers would load it, and report its weights, not the model's
+        # transformers would load that adapter unasked, and report the weights that it lacks, not those that the model lacks.
+        if self.file("adapter_config.json") is not None:
             raise ValueError(
                 f"model={self.model!r}: a LoRA adapter (adapter_config.json) lies beside the weights; "
                 "move it to a directory of its own, and give that as peft_path to have it merged"

@@ -106,10 +106,8 @@ def _checked(checkpoint: Checkpoint, settings: RerankSettings) -> tuple[Any, Pro
         )
     config = checkpoint.transformers_config()
     rope = getattr(config, "rope_parameters", None) or {}
-    if "longrope" in (
-        rope.get("rope_type"),
-        rope.get("type"),
-    ):  # its factors follow the longest text computed with a text
+    # Its factors follow the longest text that is computed with a text.
+    if "longrope" in (rope.get("rope_type"), rope.get("type")):
         raise ValueError(
             f"model={checkpoint.model!r}: rope_type='longrope' is not supported: scores would not stand alone"
         )

@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from .schedule import Pair, Request
 
 
+_RESOLVED_MEANWHILE = (RuntimeError, InvalidStateError)
+"""What a future raises that another device's thread, or whoever closes, has resolved at this moment."""
+
+
 def give_score(pair: Pair, score: float | list[float], dtype: torch.dtype) -> None:
     """Records a pair's score; the request resolves with its last one, and fails with one that is not finite in `dtype`."""
     request = pair.request
@@ -31,7 +35,7 @@ def give_score(pair: Pair, score: float | list[float], dtype: torch.dtype) -> No
         return
     request.scores[pair.index] = score
     request.unscored -= 1
-    with suppress(RuntimeError, InvalidStateError):  # as in `give_error`
+    with suppress(*_RESOLVED_MEANWHILE):
         if request.unscored == 0 and request.future.set_running_or_notify_cancel():
             request.future.set_result(request.scores)
 
@@ -40,9 +44,7 @@ def give_error(request: Request, error: BaseException) -> None:
     """Fails a request, unless it is finished."""
     if request.finished:
         return
-    with suppress(
-        RuntimeError, InvalidStateError
-    ):  # another device's thread, or whoever closes, told it at this moment
+    with suppress(*_RESOLVED_MEANWHILE):
         if request.future.set_running_or_notify_cancel():
             request.future.set_exception(error)
 
