@@ -26,7 +26,19 @@ PAIRS_AHEAD = 2048
 
 
 class Call:
-    """One call's pairs on their way: encoded, submitted, awaited in order. What both forms of a call have in common."""
+    """One call's pairs on their way.
+
+    Args:
+        engine: Where they are scored.
+        family: What makes their token ids.
+        pairs: How many the call has; infinity where nobody knows.
+        split: Whether long passages are scored in windows.
+        cutoff_layers: Layers to score after; empty for the one of the settings.
+
+    Attributes:
+        truncated: How many passages were cut to fit so far.
+        pending: Chunks whose scores were not taken yet, in order.
+    """
 
     def __init__(
         self, engine: Engine, family: Family, pairs: float, *, split: bool, cutoff_layers: tuple[int, ...] = ()
@@ -44,10 +56,8 @@ class Call:
         self._room: Room | None = None
 
     def encode(self, query: str, passages: Sequence[str]) -> list[TokenSequence]:
-        """Token ids of a chunk, a long passage in windows if the settings say so."""
-        parts = [[passage] for passage in passages]
-        if self._split:
-            parts = [self._family.windows(query, passage) for passage in passages]
+        """Token ids of a chunk, long passages in windows if they are to be split."""
+        parts = [self._family.windows(query, passage) if self._split else [passage] for passage in passages]
         self._windows.append([len(windows) for windows in parts])
         return self._family.encode(query, [window for windows in parts for window in windows])
 

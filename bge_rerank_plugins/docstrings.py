@@ -1,7 +1,7 @@
 """Docstrings as a corpus of real text: the reader's own standard library, or any folder of Python sources.
 
-The demo searches the first, the embedded model was trained on the second, and both are cut into queries and
-passages in the same way. Pure standard library: knows nothing of models, scoring or retrieval.
+The demo searches the first, the embedded models were trained on the second, and both are cut into queries and passages in the
+same way. Pure standard library: knows nothing of models, scoring or retrieval.
 """
 
 import ast
@@ -45,7 +45,7 @@ class Docstring:
     """The documentation of one module, class, function, method or property.
 
     Attributes:
-        name: The qualified name, such as ``textwrap.shorten``.
+        name: The qualified name, such as `textwrap.shorten`.
         text: The docstring, its indentation removed.
     """
 
@@ -84,7 +84,7 @@ def source_docstrings(folder: Path) -> list[Docstring]:
     """Read the docstrings of all Python sources under a folder, without importing any of them.
 
     Args:
-        folder: A folder of packages and modules, such as ``site-packages``. Tests are left out, and so are
+        folder: A folder of packages and modules, such as `site-packages`. Tests are left out, and so are
             files that this interpreter cannot parse.
 
     Returns:

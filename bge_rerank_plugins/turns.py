@@ -1,6 +1,7 @@
 """Work that callers on an event loop give to a thread, all of one turn of the loop at once.
 
-Knows nothing of what the work is.
+A thousand calls that begin at once would hold up the loop for as long as a thousand jobs take to queue and to come back. Knows
+nothing of what the work is.
 """
 
 from __future__ import annotations
@@ -21,9 +22,7 @@ _Done = list[tuple["asyncio.Future[Any]", Any, "BaseException | None"]]
 
 
 class Turns:
-    """Work that callers on one event loop give to a thread: all of one turn of the loop goes there as one job.
-
-    A thousand calls that begin at once would hold up the loop for as long as a thousand jobs take to queue and to come back.
+    """Sends the work of each turn of one event loop to a thread as one job.
 
     Args:
         thread: Who does the work. Everything else happens on the loop.

