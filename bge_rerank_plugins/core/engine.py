@@ -62,7 +62,7 @@ FORKED = (
 )
 
 
-# Engines with a running worker hold themselves alive through it, those among them that were given back, too.
+# A worker that runs keeps its engine alive, and so here, also when the engine was given back.
 live: weakref.WeakSet[Engine] = weakref.WeakSet()
 
 
@@ -175,9 +175,6 @@ class Engine:
             queued = self._schedule.tokens
             raise QueueFullError(f"{queued} tokens wait already, and max_queued_tokens={bound}: try again later")
 
-    def _empty_rooms(self) -> Rooms:
-        return Rooms(self._settings.max_queued_tokens, lambda: self._schedule.tokens)
-
     def give_back(self, room: Room) -> None:
         """Leaves room to others that was granted, or waited for, and is not needed any more."""
         with self._changed:
@@ -244,6 +241,9 @@ class Engine:
         self._rooms = self._empty_rooms()
         self._closed = True
         self._exiting = True
+
+    def _empty_rooms(self) -> Rooms:
+        return Rooms(self._settings.max_queued_tokens, lambda: self._schedule.tokens)
 
     def _raise_if_unusable(self) -> None:
         if self._pid != os.getpid():

@@ -29,6 +29,20 @@ if TYPE_CHECKING:
 
 HEAD_TYPES = ("simple", "complex", "raw")
 
+_NEEDED = (
+    "head_type",
+    "head_multi",
+    "start_layer",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "hidden_size",
+    "vocab_size",
+    "max_position_embeddings",
+    "scale_emb",
+    "scale_depth",
+)
+"""What a layerwise config says of its own, and no default would be right for."""
+
 
 class LayerwiseModel(GranitePreTrainedModel):  # type: ignore[no-untyped-call]
     """The published checkpoint's layout: the backbone, and beside it one head per layer, or one for all."""
@@ -180,26 +194,11 @@ def _checked(checkpoint: Checkpoint, settings: RerankSettings) -> tuple[range, i
     return layers, cutoff_layer, Prompt(checkpoint, settings, checkpoint.config["max_position_embeddings"])
 
 
-_NEEDED = (
-    "head_type",
-    "head_multi",
-    "start_layer",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "hidden_size",
-    "vocab_size",
-    "max_position_embeddings",
-    "scale_emb",
-    "scale_depth",
-)
-"""What a layerwise config says of its own, and no default would be right for."""
-
-
 def layers_of(checkpoint: Checkpoint) -> range:
     """The layers that have a scoring head.
 
     Raises:
-        ValueError: A head type that is not known.
+        ValueError: The config says too little, names a head type that is not known, or leaves no layer a head.
     """
     config = checkpoint.config
     absent = [name for name in _NEEDED if name not in config]
