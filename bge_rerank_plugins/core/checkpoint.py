@@ -59,7 +59,12 @@ class Checkpoint:
 
     @classmethod
     def from_settings(cls, settings: RerankSettings) -> Self:
-        """The checkpoint that the settings name; "embedded" and its like are the demo models."""
+        """The checkpoint that the settings name; "embedded" and its like are the demo models.
+
+        Raises:
+            ValueError: `peft_path` with "embedded", which is an adapter itself; a base model that is not the one it was made for.
+            FileNotFoundError: The base model of "embedded" is not on this machine.
+        """
         from ..models import EMBEDDED_LLMS, embedded_adapter, embedded_base, embedded_llm
 
         model, peft_path = settings.model, settings.peft_path
@@ -82,6 +87,7 @@ class Checkpoint:
         )
 
     def _hub(self, *, revision: bool = True) -> dict[str, Any]:
+        """Options of every look at the hub; the revision is the model's, and no adapter's."""
         options: dict[str, Any] = {
             "cache_dir": self.cache_dir,
             "local_files_only": self.local_files_only,
@@ -156,6 +162,9 @@ class Checkpoint:
 
         tokenizer.json is taken as it stands: the classes that transformers 5 picks by model type rebuild parts of the
         pipeline themselves, and the model cards' scores were made with the file's.
+
+        Raises:
+            ValueError: There is none, it cannot be loaded, or it is no fast one.
         """
         published = self.file("tokenizer.json") is not None
         if not published and not any(self.file(name) for name in _VOCABULARIES):

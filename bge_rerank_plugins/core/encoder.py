@@ -187,7 +187,11 @@ def _context_by_sequence(attention: Any, hidden: Tensor, rows: Tensor, pack: Pac
 
 
 def checked_config(checkpoint: Checkpoint, settings: RerankSettings) -> tuple[PreTrainedConfig, Architecture, int]:
-    """The config, its row of `ARCHITECTURES` and the longest pair, of a checkpoint that these settings fit."""
+    """The config, its row of `ARCHITECTURES` and the longest pair, of a checkpoint that these settings fit.
+
+    Raises:
+        ValueError: They do not, or the checkpoint is no cross-encoder that can be run here.
+    """
     for option in ("prompt", "cutoff_layer"):
         if getattr(settings, option) is not None:
             raise ValueError(

@@ -52,7 +52,11 @@ class PairTemplate:
 
     @classmethod
     def of(cls, tokenizer: Tokenizer) -> PairTemplate:
-        """Read off the tokenizer's post-processor, by sending one pair through it."""
+        """Read off the tokenizer's post-processor, by sending one pair through it.
+
+        Raises:
+            ValueError: It does not put the query before the passage, both whole.
+        """
         query, passage = (tokenizer.encode(text, add_special_tokens=False) for text in ("a", "b"))
         pair = tokenizer.encode("a", "b")
         sides = pair.sequence_ids  # 0: query, 1: passage, None: special token

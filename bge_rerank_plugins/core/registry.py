@@ -26,7 +26,11 @@ _forked_after_load = False
 
 
 def acquire(settings: RerankSettings) -> Engine:
-    """The engine for these settings, started if there is none. To be given back with `release`."""
+    """The engine for these settings, started if there is none. To be given back with `release`.
+
+    Raises:
+        RuntimeError: This process was forked off one that had loaded a model.
+    """
     if _forked_after_load and torch.get_num_threads() > 1:  # torch's threads would wait for each other for ever
         raise RuntimeError(FORKED)
     key = key_of(settings)
