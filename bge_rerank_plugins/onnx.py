@@ -2,7 +2,7 @@
 
 Takes the published layout (`onnx/model.onnx` beside `config.json` and `tokenizer.json`) or what `bge-rerank export-onnx` writes.
 A graph has no packs, so pairs are sorted by length and padded in batches under a token budget. Imports neither torch nor
-transformers.
+transformers, so that it also runs where this package was installed without its dependencies.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 DEFAULT_BUDGET = {"cpu": 2048, "cuda": 32768}
+"""Tokens of a batch, padding included, by kind of device."""
+
 GRAPH = "onnx/model.onnx"
 
 LAYOUTS = {"xlm-roberta": ROBERTA, "roberta": ROBERTA, "bert": BERT}
@@ -36,7 +38,8 @@ class OnnxScorer:
     """Scores passages with a cross-encoder on ONNX Runtime. Both adapters take one as `scorer=`.
 
     The graph is loaded at first use. Safe to call from any number of threads and tasks at once. Needs
-    `pip install "bge-rerank-plugins[onnx]"`.
+    `pip install "bge-rerank-plugins[onnx]"`, which brings torch with the package; without it
+    `pip install onnxruntime tokenizers pydantic` and the package with `--no-deps`.
 
     Args:
         model: Hub id or local directory that holds the graph, config.json and tokenizer.json.
@@ -48,6 +51,7 @@ class OnnxScorer:
 
     Raises:
         ValueError: An option with an impossible value, or, at first use, a model that cannot be run.
+        ImportError: At first use, ONNX Runtime is not installed.
     """
 
     def __init__(
@@ -104,11 +108,19 @@ class OnnxScorer:
         return self._scores([(query, texts)])[0] if texts else []
 
     def score_pairs(self, pairs: Iterable[tuple[str, str]]) -> list[float]:
-        """Scores (query, passage) pairs, one score per pair, in their order."""
+        """Scores (query, passage) pairs, one score per pair, in their order.
+
+        Raises:
+            ValueError: As `score`, naming the pair by its place.
+        """
         return [score for scores in self._scores(requests_of_pairs(pairs)) for score in scores]
 
     def score_batch(self, requests: Iterable[tuple[str, Sequence[str]]]) -> list[list[float]]:
-        """Scores several queries, each with its passages; their pairs share batches."""
+        """Scores several queries, each with its passages; their pairs share batches.
+
+        Raises:
+            ValueError: As `score`, naming the request by its place.
+        """
         return self._scores(checked_requests(requests))
 
     def rank(
