@@ -209,12 +209,6 @@ def _triangle(keys: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.full((keys, keys), -torch.inf, dtype=dtype, device=device).triu_(1)
 
 
-def _softcapped_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scaling: float, softcap: float) -> Tensor:
-    logits = torch.tanh(torch.matmul(q * scaling, k.transpose(-2, -1)) / softcap) * softcap
-    weights = softmax(logits.masked_fill(~mask, torch.finfo(logits.dtype).min), dim=-1, dtype=torch.float32)
-    return torch.matmul(weights.to(v.dtype), v)
-
-
 def _visible(queries: int, keys: int, causal: bool, window: int | None, device: torch.device) -> Tensor | None:
     """Which keys each query sees, the last query standing at the last key. Shape (queries, keys), or None for all."""
     if not causal and window is None:
@@ -322,6 +316,12 @@ def _attend_padded(
         attended = _softcapped_attention(q, k, v, mask, scaling, softcap)
     attended = attended.transpose(1, 2)
     return torch.cat([attended[i, q.shape[2] - length :] for i, length in enumerate(q_lengths)])
+
+
+def _softcapped_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scaling: float, softcap: float) -> Tensor:
+    logits = torch.tanh(torch.matmul(q * scaling, k.transpose(-2, -1)) / softcap) * softcap
+    weights = softmax(logits.masked_fill(~mask, torch.finfo(logits.dtype).min), dim=-1, dtype=torch.float32)
+    return torch.matmul(weights.to(v.dtype), v)
 
 
 def attend_from_first_rows(query: Tensor, key: Tensor, value: Tensor, pack: Pack, scaling: float) -> Tensor:
