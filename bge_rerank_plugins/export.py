@@ -113,10 +113,10 @@ def _write(settings: RerankSettings, made: Path) -> None:
     checkpoint = Checkpoint.from_settings(settings)
     if family_of(checkpoint) is not Encoder:
         raise ValueError(f"model={settings.model!r}: only cross-encoders can be exported")
-    config, architecture, _ = checked_config(checkpoint, settings)
+    config, layout, _ = checked_config(checkpoint, settings)
     cpu = torch.device("cpu")
     model = checkpoint.load(AutoModelForSequenceClassification, config, torch.float32, cpu, attention="eager")
-    names = ["input_ids", "attention_mask", *(["token_type_ids"] if architecture.layout.token_types else [])]
+    names = ["input_ids", "attention_mask", *(["token_type_ids"] if layout.token_types else [])]
     rows, tokens = torch.export.Dim("rows"), torch.export.Dim("tokens")
     program: Any = torch.onnx.export(
         _logits_of(model, names),

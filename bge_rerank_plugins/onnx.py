@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from .core.pairs import BERT, ROBERTA, PairEncoder
+from .core.pairs import PairEncoder, layout_of
 from .core.sequences import TokenSequence, longest_pair
 from .ranking import RankedPassage, check_cut, rank_scores, sigmoid
 from .settings import RerankSettings
@@ -30,8 +30,6 @@ DEFAULT_BUDGET = {"cpu": 2048, "cuda": 32768}
 """Tokens of a batch, padding included, by kind of device."""
 
 GRAPH = "onnx/model.onnx"
-
-LAYOUTS = {"xlm-roberta": ROBERTA, "roberta": ROBERTA, "bert": BERT}
 
 
 class OnnxScorer:
@@ -241,13 +239,10 @@ def _load(settings: RerankSettings, file: str) -> _Graph:
     except ImportError as error:
         raise ImportError('OnnxScorer needs ONNX Runtime: pip install "bge-rerank-plugins[onnx]"') from error
     config = json.loads(_needed(settings, "config.json").read_bytes())
-    kind = config.get("model_type")
-    if kind not in LAYOUTS:
-        raise ValueError(f"model={settings.model!r}: model_type={kind!r} is not supported, only {', '.join(LAYOUTS)}")
+    layout, padding = layout_of(config.get("model_type"), settings.model), int(config.get("pad_token_id") or 0)
     tokenizer = Tokenizer.from_file(str(_needed(settings, "tokenizer.json")))
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    layout, padding = LAYOUTS[kind], int(config.get("pad_token_id") or 0)
     positions = config["max_position_embeddings"] - layout.first_position(padding)
     max_length = longest_pair(settings.max_length, positions, settings.model)
     pairs = PairEncoder(tokenizer, layout, padding, settings, max_length)

@@ -1,13 +1,13 @@
 """Family 1: cross-encoders, sequence classifiers with one label (bge-reranker-base, -large, -v2-m3 and their kind).
 
-The pair goes through the tokenizer's own template; the score is the single logit of the classification head at the first
-token. Differences between architectures are a row each in `ARCHITECTURES`.
+The pair goes through the tokenizer's own template; the score is the single logit of the classification head at the first token.
+Architectures differ in the layout of a pair, which `pairs` knows, and in BERT's pooler.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -19,7 +19,7 @@ from .attention import attend_from_first_rows
 from .inplace import work_in_place
 from .linear import in_few_sizes, pack_linear_layers
 from .packing import Pack
-from .pairs import BERT, ROBERTA, PairEncoder, PairLayout
+from .pairs import PairEncoder, PairLayout, layout_of
 from .sequences import TokenSequence, longest_pair
 
 if TYPE_CHECKING:
@@ -27,46 +27,23 @@ if TYPE_CHECKING:
     from .checkpoint import Checkpoint
 
 
-@dataclass(frozen=True)
-class Architecture:
-    """What is particular to one architecture.
-
-    Attributes:
-        layout: How its pairs are laid out.
-        head: Takes the modules that make logits of the first tokens' hidden states, shape (sequences, 1, hidden), out of a
-            model, in the order in which they are applied.
-    """
-
-    layout: PairLayout
-    head: Callable[[Any], nn.Sequential]
-
-
-def _pooler_and_classifier(model: Any) -> nn.Sequential:
-    """BERT's pooler is part of its backbone, which would run it on the first token of the pack alone."""
-    pooler, model.bert.pooler = model.bert.pooler, None
-    return nn.Sequential(pooler, model.classifier)
-
-
-_ROBERTA = Architecture(ROBERTA, lambda model: nn.Sequential(model.classifier))
-_BERT = Architecture(BERT, _pooler_and_classifier)
-
-ARCHITECTURES = {
-    "XLMRobertaForSequenceClassification": _ROBERTA,
-    "RobertaForSequenceClassification": _ROBERTA,
-    "BertForSequenceClassification": _BERT,
-}
+ARCHITECTURES = (
+    "XLMRobertaForSequenceClassification",
+    "RobertaForSequenceClassification",
+    "BertForSequenceClassification",
+)
 
 
 class Encoder:
     """A cross-encoder. See `families.Family` for what its methods mean."""
 
     name: ClassVar[str] = "encoder"
-    architectures: ClassVar[tuple[str, ...]] = tuple(ARCHITECTURES)
+    architectures: ClassVar[tuple[str, ...]] = ARCHITECTURES
     float16_is_safe: ClassVar[bool] = True
     packs_weights: ClassVar[bool] = True
     layers: ClassVar[range | None] = None
 
-    def __init__(self, model: PreTrainedModel, pairs: PairEncoder, max_length: int, architecture: Architecture) -> None:
+    def __init__(self, model: PreTrainedModel, pairs: PairEncoder, max_length: int, layout: PairLayout) -> None:
         self.max_length = max_length
         self._pairs = pairs
         backbone: Any = model.base_model
@@ -76,8 +53,8 @@ class Encoder:
         pack_linear_layers(backbone.encoder)
         work_in_place(backbone.encoder)
         self._backbone = backbone
-        self._head = architecture.head(model).float()  # scores are float32 from the head on
-        self._first_position = architecture.layout.first_position(model.config.pad_token_id)
+        self._head = _head_of(model).float()  # scores are float32 from the head on
+        self._first_position = layout.first_position(model.config.pad_token_id)
 
     @classmethod
     def load(
@@ -89,10 +66,10 @@ class Encoder:
             ValueError: An option that cross-encoders do not have, a `max_length` beyond the positions, more than one label,
                 a head that is not in the files.
         """
-        config, architecture, max_length = checked_config(checkpoint, settings)
+        config, layout, max_length = checked_config(checkpoint, settings)
         pairs = pair_encoder(checkpoint, settings)
         model = checkpoint.load(AutoModelForSequenceClassification, config, dtype, device)
-        return cls(model, pairs, max_length, architecture)
+        return cls(model, pairs, max_length, layout)
 
     @classmethod
     def describe(cls, checkpoint: Checkpoint, settings: RerankSettings) -> dict[str, str]:
@@ -129,6 +106,15 @@ class Encoder:
         rows = _first_rows_after(self._last_layer, hidden[0], pack)
         logits: Tensor = self._head(rows[:, None].float())
         return logits.view(-1)
+
+
+def _head_of(model: Any) -> nn.Sequential:
+    """Takes the modules that make logits of the first tokens' states, shape (sequences, 1, hidden), out of a model.
+
+    BERT's pooler is one of them, and part of the backbone, which would run it on the first token of the pack alone.
+    """
+    pooler, model.base_model.pooler = model.base_model.pooler, None
+    return nn.Sequential(*([] if pooler is None else [pooler]), model.classifier)
 
 
 def _first_rows_after(layer: Any, hidden: Tensor, pack: Pack) -> Tensor:
@@ -186,8 +172,8 @@ def _context_by_sequence(attention: Any, hidden: Tensor, rows: Tensor, pack: Pac
     return context.to(rows.dtype)
 
 
-def checked_config(checkpoint: Checkpoint, settings: RerankSettings) -> tuple[PreTrainedConfig, Architecture, int]:
-    """The config, its row of `ARCHITECTURES` and the longest pair, of a checkpoint that these settings fit.
+def checked_config(checkpoint: Checkpoint, settings: RerankSettings) -> tuple[PreTrainedConfig, PairLayout, int]:
+    """The config, the layout of its pairs and the longest of them, of a checkpoint that these settings fit.
 
     Raises:
         ValueError: They do not, or the checkpoint is no cross-encoder that can be run here.
@@ -209,9 +195,9 @@ def checked_config(checkpoint: Checkpoint, settings: RerankSettings) -> tuple[Pr
         raise ValueError(
             f"model={checkpoint.model!r}: position_embedding_type={kind!r} is not supported, only 'absolute'"
         )
-    architecture = architecture_of(config, checkpoint)
-    positions = config.max_position_embeddings - architecture.layout.first_position(config.pad_token_id)
-    return config, architecture, longest_pair(settings.max_length, positions, checkpoint.model)
+    layout = layout_of(config.model_type, checkpoint.model)
+    positions = config.max_position_embeddings - layout.first_position(config.pad_token_id)
+    return config, layout, longest_pair(settings.max_length, positions, checkpoint.model)
 
 
 def pair_encoder(checkpoint: Checkpoint, settings: RerankSettings) -> PairEncoder:
@@ -220,22 +206,8 @@ def pair_encoder(checkpoint: Checkpoint, settings: RerankSettings) -> PairEncode
     Raises:
         ValueError: As `checked_config`, or a `max_length` that leaves no room for text.
     """
-    config, architecture, max_length = checked_config(checkpoint, settings)
+    config, layout, max_length = checked_config(checkpoint, settings)
     tokenizer = checkpoint.tokenizer()
     inputs = tokenizer.init_kwargs.get("model_input_names")  # where the checkpoint says so
-    has_types = architecture.layout.token_types and (inputs is None or "token_type_ids" in inputs)
-    layout = replace(architecture.layout, token_types=has_types)
+    layout = replace(layout, token_types=layout.token_types and (inputs is None or "token_type_ids" in inputs))
     return PairEncoder(tokenizer.backend_tokenizer, layout, int(config.pad_token_id or 0), settings, max_length)
-
-
-def architecture_of(config: PreTrainedConfig, checkpoint: Checkpoint) -> Architecture:
-    """The row of `ARCHITECTURES` for a config.
-
-    Raises:
-        ValueError: There is none.
-    """
-    classes: Any = AutoModelForSequenceClassification._model_mapping
-    model_class: str = classes[type(config)].__name__
-    if model_class not in ARCHITECTURES:
-        raise ValueError(f"model={checkpoint.model!r}: {model_class} is not supported, only {', '.join(ARCHITECTURES)}")
-    return ARCHITECTURES[model_class]

@@ -40,6 +40,24 @@ class PairLayout:
 ROBERTA = PairLayout(skips_padding=True, token_types=False)
 BERT = PairLayout(skips_padding=False, token_types=True)
 
+LAYOUTS = {"xlm-roberta": ROBERTA, "roberta": ROBERTA, "bert": BERT}
+"""By `model_type` of config.json."""
+
+
+def layout_of(model_type: str | None, model: str) -> PairLayout:
+    """The layout of an architecture's pairs.
+
+    Args:
+        model_type: What config.json says.
+        model: The checkpoint's name, for the message.
+
+    Raises:
+        ValueError: There is none; the message lists those there are.
+    """
+    if model_type not in LAYOUTS:
+        raise ValueError(f"model={model!r}: model_type={model_type!r} is not supported, only {', '.join(LAYOUTS)}")
+    return LAYOUTS[model_type]
+
 
 @dataclass(frozen=True)
 class PairTemplate:

@@ -21,9 +21,10 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from ..core.checkpoint import alone_and_quiet
 from ..core.decoder import Decoder
-from ..core.encoder import Encoder, architecture_of, pair_encoder
+from ..core.encoder import Encoder, pair_encoder
 from ..core.families import family_of
 from ..core.layerwise import Layerwise, LayerwiseModel, check_layers, granite_config, hidden_scale, layers_of
+from ..core.pairs import layout_of
 from ..core.prompt import Prompt
 from ..core.sequences import TokenSequence
 from .checkpoints import TrainingCheckpoint, checkpoint_of, rerank_settings
@@ -242,8 +243,8 @@ class EncoderTrainee(Trainee):
                 f"prompt={self.settings.prompt!r}: {self.settings.model!r} is a cross-encoder, which has none"
             )
         config = self.checkpoint.transformers_config()
-        architecture = architecture_of(config, self.checkpoint)
-        self._first_position = architecture.layout.first_position(config.pad_token_id)
+        layout = layout_of(config.model_type, self.checkpoint.model)
+        self._first_position = layout.first_position(config.pad_token_id)
         return self.checkpoint.load(
             AutoModelForSequenceClassification,
             config,
