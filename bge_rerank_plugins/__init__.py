@@ -5,7 +5,7 @@ Importing this package loads nothing else: `Scorer` and its companions are resol
 """
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .ranking import RankedPassage
@@ -18,12 +18,12 @@ __all__ = ["RankedPassage", "RerankSettings", "Scorer"]
 
 _HOMES = {"RankedPassage": ".ranking", "Scorer": ".scorer", "RerankSettings": ".settings"}
 
+if not TYPE_CHECKING:  # or a type checker would take every wrong name
 
-def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        return getattr(import_module(_HOMES[name], __name__), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    def __getattr__(name: str) -> object:
+        if name in _HOMES:
+            return getattr(import_module(_HOMES[name], __name__), name)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
-
-def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+    def __dir__() -> list[str]:
+        return sorted([*globals(), *__all__])

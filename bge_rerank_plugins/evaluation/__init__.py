@@ -5,7 +5,7 @@ nothing of torch or of model families: a reranker is anything with `score(query,
 """
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .comparison import Report, System, evaluate
@@ -44,8 +44,12 @@ _HOMES = {
     "standard_library_set": ".standard_library",
 }
 
+if not TYPE_CHECKING:  # or a type checker would take every wrong name
 
-def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        return getattr(import_module(_HOMES[name], __name__), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    def __getattr__(name: str) -> object:
+        if name in _HOMES:
+            return getattr(import_module(_HOMES[name], __name__), name)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+    def __dir__() -> list[str]:
+        return sorted([*globals(), *__all__])
