@@ -33,6 +33,13 @@ ARCHITECTURES = (
     "BertForSequenceClassification",
 )
 
+CLASSIFIER_OF = {
+    name.replace("ForSequenceClassification", ending): name
+    for name in ARCHITECTURES
+    for ending in ("Model", "ForMaskedLM")
+}
+"""Architectures without a scoring head, and those that they become with one."""
+
 
 class Encoder:
     """A cross-encoder. See `families.Family` for what its methods mean."""

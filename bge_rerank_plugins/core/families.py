@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor
 
 from .checkpoint import Checkpoint
 from .decoder import Decoder
-from .encoder import Encoder
+from .encoder import CLASSIFIER_OF, Encoder
 from .layerwise import Layerwise
 from .packing import Pack
 from .sequences import TokenSequence
@@ -83,7 +82,7 @@ def family_of(checkpoint: Checkpoint) -> type[Family]:
     named = checkpoint.config.get("architectures") or []
     architectures: list[str] = [named] if isinstance(named, str) else list(named)
     if (checkpoint.adapter_config or {}).get("task_type") == "SEQ_CLS":
-        architectures = [re.sub("(Model|ForMaskedLM)$", "ForSequenceClassification", name) for name in architectures]
+        architectures = [CLASSIFIER_OF.get(name, name) for name in architectures]
     for family in FAMILIES:
         if any(name in family.architectures for name in architectures):
             return family

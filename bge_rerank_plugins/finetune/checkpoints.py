@@ -6,21 +6,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..core.checkpoint import Checkpoint
+from ..core.encoder import CLASSIFIER_OF
 from ..settings import RerankSettings
 from .settings import FinetuneSettings
 
 START_LAYER = 8
 """Lowest layer that gets a head where a base model has none, as the published recipe has it."""
 
-RERANKER_OF = {
-    "BertModel": "BertForSequenceClassification",
-    "BertForMaskedLM": "BertForSequenceClassification",
-    "RobertaModel": "RobertaForSequenceClassification",
-    "RobertaForMaskedLM": "RobertaForSequenceClassification",
-    "XLMRobertaModel": "XLMRobertaForSequenceClassification",
-    "XLMRobertaForMaskedLM": "XLMRobertaForSequenceClassification",
-    "MiniCPMForCausalLM": "LayerWiseMiniCPMForCausalLM",
-}
+RERANKER_OF = {**CLASSIFIER_OF, "MiniCPMForCausalLM": "LayerWiseMiniCPMForCausalLM"}
 """Architectures of base models, and of the rerankers that are made of them."""
 
 
