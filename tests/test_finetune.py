@@ -201,6 +201,26 @@ def test_a_base_model_becomes_a_reranker(family: str, lora: bool, tmp_path: Path
             assert set(scorer.score_layers(QUERY, PASSAGES, range(8, 12))) == {8, 9, 10, 11}
 
 
+def test_a_bert_trained_for_masked_words_is_merged_with_its_adapter(
+    classifier_dirs: dict[str, str], tmp_path: Path
+) -> None:
+    """Its pooler is new, and in no adapter."""
+    from transformers import BertConfig, BertForMaskedLM
+
+    base = tmp_path / "base"
+    shutil.copytree(classifier_dirs["bert"], base)
+    torch.manual_seed(0)
+    BertForMaskedLM(BertConfig.from_pretrained(base)).save_pretrained(base)
+    trainee = trainee_of(FinetuneSettings(model=str(base), data="-", output_dir="-", lora=True)).eval()
+    with torch.no_grad():
+        before = trainee(**Collator(trainee.encoder())([Group(QUERY, PASSAGES)]))[:, -1].tolist()
+    trainee.export(tmp_path / "out")
+
+    assert len(set(before)) == len(PASSAGES)
+    with Scorer(str(tmp_path / "out")) as scorer:
+        assert scorer.score(QUERY, PASSAGES) == pytest.approx(before, abs=1e-4)
+
+
 def run_killed_after(command: list[str], checkpoint: Path) -> None:
     """Runs a command, and kills it as soon as a checkpoint is written to its end."""
     with subprocess.Popen([sys.executable, "-m", "bge_rerank_plugins", *command], cwd=DATA.parents[1]) as process:
