@@ -355,5 +355,19 @@ def test_a_teachers_scores_are_written_and_learned_from(tmp_path: Path) -> None:
             assert "tiger" in passages[second.index]
 
 
+def test_lines_are_not_scored_with_another_prompt_than_they_have(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = [{**line, "prompt": "Yes?"} for line in toy_lines(2, 0)]
+    data, out = write_lines(tmp_path / "data.jsonl", [*lines, *toy_lines(1, 1)]), str(tmp_path / "out.jsonl")
+    llm = ["distill", data, "--output", out, "--model", str(DATA / "decoder")]
+
+    assert main(llm) == 2
+    assert "there are lines with the prompt 'Yes?'; distil the lines of each prompt apart" in capsys.readouterr().err
+    assert not Path(out).exists()
+    assert main([*llm, "--prompt", "Yes?"]) == 0
+    assert main(command_line("distill", data, out)) == 0, "a cross-encoder has none"
+
+
 def test_settings_have_a_flag_and_a_description_each() -> None:
     assert all(field.description for field in FinetuneSettings.model_fields.values())

@@ -70,11 +70,12 @@ def run_distill(arguments: argparse.Namespace) -> None:
     from tqdm import tqdm
 
     from ..scorer import Scorer
-    from .distillation import distill
+    from .distillation import check_prompts, distill
     from .mining import read_records
 
     records = read_records(arguments.file)
     _check_output(arguments.file, arguments.output)
+    check_prompts(records, settings)
     shown = getattr(arguments, "show_progress", None)
     with (
         Scorer.from_settings(settings) as teacher,
