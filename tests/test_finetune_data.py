@@ -105,6 +105,10 @@ def test_a_file_without_lines_is_an_error(command: str, tmp_path: Path, capsys: 
         (["--knowledge-distillation"], 'no "pos_scores", which knowledge_distillation needs'),
         (["--lora", "--target-modules=query,nothing"], "has no layer 'nothing'"),
         (["--eval-data=/no/such/file"], "/no/such/file"),
+        (["--num-train-epochs=inf", "--max-steps=1"], "num_train_epochs=inf: Input should be a finite number"),
+        (["--seed=4294967296"], "seed=4294967296: Input should be less than 4294967296"),
+        (["--lora-rank=4"], "lora_rank=4: .* is trained whole"),
+        (["--teacher-temperature=2"], "teacher_temperature=2.0: goes with knowledge_distillation"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused_before_anything_is_written(
@@ -118,6 +122,19 @@ def test_settings_that_do_not_fit_are_refused_before_anything_is_written(
 
     assert re.search(message, capsys.readouterr().err)
     assert [path.name for path in tmp_path.iterdir()] == ["data.jsonl"]
+
+
+@pytest.mark.parametrize("content", ["", "{", "7"])
+def test_settings_of_a_run_that_cannot_be_read_are_named(
+    content: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, there = write_lines(tmp_path / "data.jsonl", toy_lines(8, 0)), tmp_path / "out" / "finetune.json"
+    there.parent.mkdir()
+    there.write_text(content)
+
+    assert main([*command_line("finetune", data, str(there.parent)), "--resume", "--train-group-size=2"]) == 2
+
+    assert f"{there}: not the settings of a run that can be resumed" in capsys.readouterr().err
 
 
 def test_a_layer_without_a_head_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

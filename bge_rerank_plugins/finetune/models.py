@@ -86,6 +86,8 @@ class Trainee(nn.Module, ABC):
         self.settings = settings
         self.heads = self._heads()
         self.uses_lora = self.lora_by_default if settings.lora is None else settings.lora
+        if not self.uses_lora:
+            _check_no_lora_options(settings)
         # What is frozen needs no more; what an adapter is merged into and saved does.
         half = settings.bf16 and self.uses_lora and not self.must_merge
         self.network: Any = self._load(torch.bfloat16 if half else torch.float32).requires_grad_(True)
@@ -382,6 +384,12 @@ def trainee_of(settings: FinetuneSettings) -> Trainee:
     """
     checkpoint = checkpoint_of(settings)
     return TRAINEES[family_of(checkpoint).name](checkpoint, settings)
+
+
+def _check_no_lora_options(settings: FinetuneSettings) -> None:
+    for name in ("lora_rank", "lora_alpha", "lora_dropout", "target_modules"):
+        if (value := getattr(settings, name)) != FinetuneSettings.model_fields[name].default:
+            raise ValueError(f"{name}={value!r}: {settings.model!r} is trained whole; lora=True trains an adapter")
 
 
 def _set_dropout(network: nn.Module, rate: float) -> None:

@@ -33,7 +33,7 @@ class FinetuneSettings(BaseModel):
         pydantic.ValidationError: A `ValueError` that names the option, the value and what is allowed.
     """
 
-    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", protected_namespaces=(), allow_inf_nan=False)
 
     model: str = Field(
         min_length=1,
@@ -146,7 +146,12 @@ class FinetuneSettings(BaseModel):
     resume: bool = Field(
         default=False, description="Go on from the newest checkpoint in output_dir, with the same options as before."
     )
-    seed: int = Field(default=0, ge=0, description="Fixes the order of the data, the negatives and the new weights.")
+    seed: int = Field(
+        default=0,
+        ge=0,
+        lt=2**32,  # numpy takes no larger one
+        description="Fixes the order of the data, the negatives and the new weights.",
+    )
     use_cpu: bool = Field(default=False, description="Train on the CPU even where there is something faster.")
 
     peft_path: str | None = Field(default=None, description="LoRA adapter that is merged before the training.")
@@ -163,6 +168,13 @@ class FinetuneSettings(BaseModel):
     def _lengths_come_together(cls, value: int | None, info: ValidationInfo) -> int | None:
         if value is not None and info.data.get("query_max_len") is None:
             raise ValueError(f"passage_max_len={value}: give query_max_len too, the pair is as long as both")
+        return value
+
+    @field_validator("teacher_temperature")
+    @classmethod
+    def _there_is_a_teacher(cls, value: float, info: ValidationInfo) -> float:
+        if value != 1.0 and not info.data.get("knowledge_distillation", True):
+            raise ValueError(f"teacher_temperature={value}: goes with knowledge_distillation")
         return value
 
     @property

@@ -143,7 +143,10 @@ def _check_folder(folder: Path, settings: FinetuneSettings) -> None:
             cure = "take another" if settings.resume else "take another, or resume what was begun there"
             raise ValueError(f"output_dir={settings.output_dir!r}: not empty; {cure}")
         return
-    before = json.loads(there.read_text(encoding="utf-8"))
+    try:
+        before = dict(json.loads(there.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{there}: not the settings of a run that can be resumed: {error}") from error
     now = json.loads(settings.model_dump_json())
     changed = [name for name in now if name not in _MAY_CHANGE and now[name] != before.get(name)]
     if changed:
