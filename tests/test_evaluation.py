@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 from conftest import DATA
 from hypothesis import given
 from hypothesis import strategies as st
-from ir_measures import AP, RR, R, Success, nDCG
+from ir_measures import AP, RR, Judged, R, Success, nDCG
 
 from bge_rerank_plugins import Scorer
 from bge_rerank_plugins.evaluation import JudgedSet, bm25_run, encoder_run, evaluate
@@ -112,9 +113,30 @@ def test_no_scores_are_equal_so_that_no_tool_breaks_ties_in_its_own_way() -> Non
 
 def test_an_unknown_measure_is_named() -> None:
     assert [str(m) for m in parse_measures(["nDCG@5", "P@1"])] == ["nDCG@5", "P@1"]
-    for wrong in ("beauty", "nDCG@@", "import os"):
+    for wrong in ("beauty", "nDCG@@", "import os", "SDCG@10"):
         with pytest.raises(ValueError, match=f"measures='{wrong}': ir_measures does not know it"):
             parse_measures(["AP", wrong])
+
+
+def test_nothing_is_judged_where_nothing_was_found() -> None:
+    """ir_measures divides by the number of results."""
+    assert measure([Judged @ 10], THREE, FOUND).mean == pytest.approx({"Judged@10": (1 / 3 + 2 / 3 + 0) / 3})
+    assert measure([Judged @ 10, RR], THREE, {}).mean == {"Judged@10": 0.0, "RR": 0.0}
+
+
+def test_a_measure_whose_program_is_missing_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(ir_measures.gdeval, "_is_available", None)  # which remembers
+    monkeypatch.setenv("PATH", str(tmp_path))
+
+    with pytest.raises(ValueError, match="measures='ERR@10': nothing that ir_measures finds on this machine"):
+        parse_measures(["AP", "ERR@10"])
+
+
+@pytest.mark.skipif(shutil.which("perl") is None, reason="what computes ERR needs perl")
+def test_a_measure_that_cannot_be_computed_is_named() -> None:
+    """gdeval knows no query by a name."""
+    with pytest.raises(ValueError, match="measures='AP,ERR@10': ir_measures cannot compute them"):
+        measure(parse_measures(["AP", "ERR@10"]), THREE, FOUND)
 
 
 # Significance

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
+from subprocess import CalledProcessError
 from typing import TYPE_CHECKING, Any
 
 from .inputs import JudgedSet, Run
@@ -41,15 +42,20 @@ def parse_measures(names: Sequence[str]) -> list[Measure]:
     except ImportError as error:
         raise ImportError(f"an evaluation needs ir_measures: {_CURE}") from error
 
+    libraries: Any = ir_measures.DefaultPipeline
+
     def parse(name: str) -> Measure:
         try:
             measure = ir_measures.parse_measure(name)
-        except (NameError, ValueError, SyntaxError) as error:
+            can_be_computed = libraries.supports(measure)
+        except (NameError, ValueError, SyntaxError, AssertionError) as error:
             raise ValueError(
                 f"measures={name!r}: ir_measures does not know it; it has nDCG@10, RR@10, AP, R@10, P@10, Success@10 and others"
             ) from error
         if measure.params.get("cutoff", 1) < 1:
             raise ValueError(f"measures={name!r}: it looks at no passage; take @1 or more")
+        if not can_be_computed:
+            raise ValueError(f"measures={name!r}: nothing that ir_measures finds on this machine computes it")
         return measure
 
     return [parse(name) for name in names]
@@ -67,11 +73,21 @@ def trec_scores(run: Run) -> dict[str, dict[str, float]]:
 
 
 def measure(measures: Sequence[Measure], data: JudgedSet, run: Run) -> Quality:
-    """What ir_measures says of a run."""
+    """What ir_measures says of a run.
+
+    Raises:
+        ValueError: It fails, as for ERR where queries are not numbered.
+    """
     import ir_measures
 
     qrels = {query: dict(judged) for query, judged in data.qrels.items()}
-    results: Any = ir_measures.calc(list(measures), qrels, trec_scores(run))
+    found_something = {query: scores for query, scores in trec_scores(run).items() if scores}  # Judged divides by none
+    try:
+        results: Any = ir_measures.calc(list(measures), qrels, found_something)
+    except (CalledProcessError, ZeroDivisionError) as error:
+        raise ValueError(
+            f"measures={','.join(map(str, measures))!r}: ir_measures cannot compute them: {error}"
+        ) from error
     per_query: dict[str, dict[str, float]] = {str(measure): {} for measure in measures}
     for found in results.per_query:
         per_query[str(found.measure)][found.query_id] = float(found.value)
