@@ -249,6 +249,17 @@ def test_settings_and_weights_tell_one_scorer_from_another(tmp_path: Path) -> No
     assert len((tmp_path / "scores.jsonl").read_text().splitlines()) == 4
 
 
+def test_another_vocabulary_is_another_scorer(tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(DATA / "encoder", model)
+    for words in ("one", "one\ntwo"):
+        (model / "vocab.txt").write_text(words)
+        with Scorer(str(model)) as scorer:
+            evaluate(THREE, FOUND, {"same name": scorer}, output=tmp_path / "out")
+
+    assert len((tmp_path / "out" / "scores.jsonl").read_text().splitlines()) == 4
+
+
 @pytest.mark.parametrize("torn", [b'{"key": "12', b'{"key": "1", "scores": [1.0], "seconds": 1}'])
 def test_a_torn_last_line_is_dropped_and_scored_again(tmp_path: Path, torn: bytes) -> None:
     file = tmp_path / "scores.jsonl"
@@ -309,6 +320,35 @@ def test_the_files_agree_with_the_report(tmp_path: Path) -> None:
     results = json.loads((tmp_path / "results.json").read_text())
     assert [system["measures"] for system in results["systems"]] == [dict(s.quality.mean) for s in report.systems]
     assert results["systems"][1]["pairs"] == 6
+
+
+def test_names_that_differ_in_what_a_file_name_cannot_hold_get_a_file_each(tmp_path: Path) -> None:
+    evaluate(THREE, FOUND, {"a/b": Table(A=1, B=3, C=1), "A-b": Table(A=3, B=2, C=1)}, output=tmp_path)
+
+    firsts = {path.name: path.read_text().split()[2] for path in (tmp_path / "runs").iterdir()}
+    assert firsts == {"first-stage.trec": "b", "a-b.trec": "b", "A-b-2.trec": "a"}
+
+
+def test_a_name_that_is_given_twice_is_refused() -> None:
+    """The second scorer was given the scores of the first."""
+    with pytest.raises(InputError, match="'table' is named twice"):
+        evaluate(THREE, FOUND, [("table", Table(A=1, B=3, C=1)), ("table", Table(A=3, B=2, C=1))])
+
+
+@pytest.mark.parametrize("place", ["query", "passage"])
+def test_an_id_that_no_trec_run_can_hold_is_refused_where_one_is_written(place: str, tmp_path: Path) -> None:
+    query, passage = ("q 1", "a") if place == "query" else ("q", "a b")
+    data = JudgedSet("d", {query: "one"}, {passage: "A"}, {query: {passage: 1}})
+    table_ = Table(A=1)
+
+    assert evaluate(data, {query: [passage]}, {"table": Table(A=1)}).recall == 1
+    with pytest.raises(
+        InputError, match=f"holds no id that is empty or has blanks: '{passage if place == 'passage' else query}'"
+    ):
+        evaluate(data, {query: [passage]}, {"table": table_}, output=tmp_path / "out")
+
+    assert table_.asked == []
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

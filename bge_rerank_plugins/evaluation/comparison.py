@@ -10,6 +10,7 @@ import json
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -26,6 +27,9 @@ from .store import ScoreStore, check_same_data, write_whole
 
 _NOT_ASKED = frozenset({"show_progress", "token", "cache_dir", "local_files_only", "max_queued_tokens", "when_full"})
 """Options that change neither scores nor time."""
+
+_LOADED = (".json", ".safetensors", ".txt", ".model")
+"""Endings of a checkpoint's files that scores depend on: config, weights, the tokenizer in any of its forms."""
 
 
 @dataclass(frozen=True)
@@ -127,12 +131,19 @@ def evaluate(
     digest = _digest(data.name, dict(data.queries), {query: dict(judged) for query, judged in data.qrels.items()})
     folder = None if output is None else Path(output)
     if folder is not None:
+        for each in {*data.queries, *chain.from_iterable(candidates.values())}:
+            if len(each.split()) != 1:
+                raise InputError(
+                    f"output={str(output)!r}: a TREC run holds no id that is empty or has blanks: {each!r}"
+                )
         check_same_data(folder / "results.json", digest)
         folder.mkdir(parents=True, exist_ok=True)
     store = ScoreStore(None if folder is None else folder / "scores.jsonl")
     base = System(first_stage, candidates, measure(parsed, data, candidates))
     systems = [base]
     for name, scorer in scorers.items() if isinstance(scorers, Mapping) else scorers:
+        if any(system.name == name for system in systems):
+            raise InputError(f"scorers: {name!r} is named twice")
         run, pairs, seconds = _rerank(name, scorer, data, candidates, store, advance)
         quality = measure(parsed, data, run)
         significance = p_value(quality.per_query[names[0]], base.quality.per_query[names[0]])
@@ -190,7 +201,7 @@ def _identity(name: str, scorer: SupportsScore) -> Any:
     files: list[tuple[str, int, int]] = []
     for place in (settings.model, settings.peft_path):
         if place is not None and Path(place).is_dir():
-            paths = sorted(path for path in Path(place).iterdir() if path.suffix in (".json", ".safetensors"))
+            paths = sorted(path for path in Path(place).iterdir() if path.suffix in _LOADED)
             files += [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
     return [__version__, settings.model_dump(exclude=set(_NOT_ASKED)), files]
 
@@ -233,8 +244,12 @@ def _write(report: Report, folder: Path, digest: str) -> None:
         ]
     write_whole(folder / "per_query.tsv", "\n".join(rows) + "\n")
     (folder / "runs").mkdir(exist_ok=True)
+    tags: set[str] = set()
     for system in report.systems:
         tag = "".join(letter if letter.isalnum() or letter in "-._@" else "-" for letter in system.name)
+        while tag.lower() in tags:  # of another system, whose name differs in such letters
+            tag += "-2"
+        tags.add(tag.lower())
         lines = [
             f"{query} Q0 {passage} {place} {score:g} {tag}\n"
             for query, scores in trec_scores(system.run).items()
