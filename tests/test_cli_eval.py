@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -169,6 +170,22 @@ def test_corrupt_input_is_one_line_and_status_2_and_nothing_is_overwritten(
             "cutoff_layer=2: this checkpoint scores at layers 3 to",
         ),
         (["FOLDER", "--top-k", "0"], "top_k=0: Input should be greater"),
+        (["FOLDER", "--first-stage", "/nowhere"], "first_stage='/nowhere': not 'bm25', and no encoder can be loaded"),
+        (["FOLDER", "--plot", "/nowhere/plot.png"], "--plot /nowhere/plot.png: cannot be written"),
+        (["FOLDER", "--output", __file__], f"--output {__file__}: that is no directory"),
+        (["standard-library", "--qrels", "own"], "--qrels own: goes with a corpus; standard-library has its own"),
+        (
+            ["standard-library", "--split", "dev"],
+            "--split dev: goes with a folder in BEIR's layout; standard-library is",
+        ),
+        (["FOLDER", "--split", "dev", "--qrels", "own"], "--split dev: --qrels own takes the place of"),
+        (["FOLDER", "--run", "own", "--first-stage", "bm25"], "--first-stage bm25: --run own has the candidates"),
+        (["FOLDER", "--first-stage-prompt", "query: "], "--first-stage-prompt query: : goes with an encoder"),
+        (["FOLDER", "--cutoff-layers", "4"], "--cutoff-layers 4: none of the models is layerwise"),
+        (
+            ["FOLDER", "--models", LAYERWISE, "--cutoff-layers", "4,5", "--cutoff-layer", "6"],
+            "--cutoff-layer 6: --cutoff-layers says which",
+        ),
     ],
 )
 def test_what_cannot_be_done_is_said_in_one_line(
@@ -181,6 +198,49 @@ def test_what_cannot_be_done_is_said_in_one_line(
     assert captured.out == ""
     assert message in captured.err
     assert captured.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (None, "no such directory"),
+        ({"architectures": ["T5Model"]}, "names the architecture T5Model, which is not supported"),
+        ({"num_labels": 3}, "3 labels"),
+    ],
+    ids=["no directory", "architecture", "labels"],
+)
+def test_a_model_that_cannot_be_used_is_found_before_the_first_one_is_scored(
+    config: dict[str, object] | None,
+    message: str,
+    folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    second = tmp_path / "second"
+    if config is not None:
+        shutil.copytree(ENCODER, second)
+        published = json.loads((second / "config.json").read_text())
+        (second / "config.json").write_text(json.dumps(published | config))
+    output = tmp_path / "out"
+
+    assert main(["eval", str(folder), "--models", f"{ENCODER},{second}", "--output", str(output)]) == 2
+
+    captured = capsys.readouterr()
+    assert f"model='{second}'" in captured.err
+    assert message in captured.err
+    assert captured.out == ""
+    assert not output.exists()
+
+
+def test_a_first_stage_and_a_reranker_of_one_name_are_told_apart(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "encoder"
+    run.write_text("q0 Q0 p0 1 9 x\n")
+
+    assert main(["eval", str(folder), "--run", str(run), "--models", ENCODER]) == 0
+
+    assert f"{run} found 1 candidates" in capsys.readouterr().out
 
 
 def test_help_needs_neither_torch_nor_what_measures() -> None:
@@ -203,7 +263,7 @@ def test_a_rerank_set_has_its_own_candidates_and_judgements(
 
     assert main(["eval", str(path), "--models", ENCODER, f"--{flag}", "other"]) == 2
 
-    assert f"--{flag} other: goes with a corpus; {path} is a rerank set" in capsys.readouterr().err
+    assert f"--{flag} other: goes with a corpus; {path} " in capsys.readouterr().err
 
 
 def test_identical_ids_are_left_out_of_a_run_too(

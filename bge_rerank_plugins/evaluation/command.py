@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..arguments import add_fields, add_settings, fields_of, settings_of
+from ..arguments import add_fields, add_settings, fields_of, flag_of, settings_of
 from ..demo import PUBLISHED_MODEL
 from ..jsonl import InputError
 from ..scorer import Scorer
@@ -55,19 +56,26 @@ def run(arguments: argparse.Namespace) -> None:
     models = [model for model in arguments.models.split(",") if model]
     if not models:
         raise InputError(f"--models={arguments.models!r}: name at least one model")
+    from .measures import parse_measures
+
+    # What cannot be done is found before anything that takes time.
+    _check_files(arguments)
+    _check_options(options)
+    parse_measures(options.measures)
     settings = [
         each for model in models for each in _layers(settings_of(arguments, model=model, show_progress=False), options)
     ]
+    if options.cutoff_layers is not None and all(each.cutoff_layer is None for each in settings):
+        raise InputError(
+            f"--cutoff-layers {','.join(map(str, options.cutoff_layers))}: none of the models is layerwise"
+        )
     names = _names(settings)
-
-    from .measures import parse_measures
-
-    parse_measures(options.measures)  # before anything that takes time
+    stage = _stage_name(options, names)
     data = load(options)
     candidates = first_stage(data, options)
     _say(
         f"{data.name}: {len(data.queries):,} queries, {len(data.passages):,} passages; "
-        f"{_stage_name(options)} found {sum(map(len, candidates.values())):,} candidates."
+        f"{stage} found {sum(map(len, candidates.values())):,} candidates."
     )
     from tqdm import tqdm
 
@@ -83,7 +91,7 @@ def run(arguments: argparse.Namespace) -> None:
             candidates,
             _scorers(names, settings),
             measures=options.measures,
-            first_stage=_stage_name(options),
+            first_stage=stage,
             output=arguments.output,
             advance=bar.update,
         )
@@ -113,9 +121,6 @@ def load(options: EvaluationSettings) -> JudgedSet:
     elif Path(options.data).is_dir():
         data = read_beir(options.data, options.split, options.qrels)
     else:
-        for name in ("run", "qrels"):
-            if (value := getattr(options, name)) is not None:
-                raise InputError(f"--{name} {value}: goes with a corpus; {options.data} is a rerank set")
         data = read_rerank_set(options.data)
     if not data.queries:
         raise InputError(f"{options.data}: holds no query")
@@ -146,25 +151,60 @@ def first_stage(data: JudgedSet, options: EvaluationSettings) -> Run:
     )
 
 
-def _stage_name(options: EvaluationSettings) -> str:
-    if options.run is not None:
-        return Path(options.run).name
-    return "BM25" if options.first_stage == "bm25" else Path(options.first_stage).name
+def _check_files(arguments: argparse.Namespace) -> None:
+    """Raises InputError for files that cannot be written in the end."""
+    if arguments.output is not None and Path(arguments.output).exists() and not Path(arguments.output).is_dir():
+        raise InputError(f"--output {arguments.output}: that is no directory")
+    if arguments.plot is not None:
+        path = Path(arguments.plot)
+        if path.is_dir() or not os.access(path.parent, os.W_OK):
+            raise InputError(f"--plot {arguments.plot}: cannot be written; give a file in a folder that is there")
+
+
+def _check_options(options: EvaluationSettings) -> None:
+    """Raises InputError for an option that another one leaves without effect."""
+    data = options.data
+    is_folder = data is not None and data != STANDARD_LIBRARY and Path(data).is_dir()
+    unused = (
+        ("split", not is_folder, f"goes with a folder in BEIR's layout; {data or '--corpus'} is none"),
+        ("split", options.qrels is not None, f"--qrels {options.qrels} takes the place of those in the folder"),
+        ("qrels", data is not None and not is_folder, f"goes with a corpus; {data} has its own judgements"),
+        ("run", data not in (None, STANDARD_LIBRARY) and not is_folder, f"goes with a corpus; {data} is a rerank set"),
+        ("first_stage", options.run is not None, f"--run {options.run} has the candidates"),
+        ("first_stage_prompt", options.first_stage == "bm25", "goes with an encoder; --first-stage is bm25"),
+    )
+    given = options.model_dump(exclude_unset=True)
+    for name, is_unused, why in unused:
+        if is_unused and given.get(name) is not None:
+            raise InputError(f"{flag_of(name)} {given[name]}: {why}")
+
+
+def _stage_name(options: EvaluationSettings, names: list[str]) -> str:
+    """A short name for the first stage, which no reranker has."""
+    if options.run is None and options.first_stage == "bm25":
+        return "BM25"
+    path = options.run or options.first_stage
+    return path if Path(path).name in names else Path(path).name
 
 
 def _layers(settings: RerankSettings, options: EvaluationSettings) -> list[RerankSettings]:
-    """The settings at each layer that was asked for, where the model has layers to choose from."""
-    if options.cutoff_layers is None:
-        return [settings]
+    """The settings at each layer that was asked for, where the model has layers to choose from.
+
+    Raises:
+        ValueError: The model cannot be used, as far as can be told without its weights.
+    """
     from ..core.checkpoint import Checkpoint
     from ..core.families import family_of
-    from ..core.layerwise import check_layers, layers_of
 
     checkpoint = Checkpoint.from_settings(settings)
-    if family_of(checkpoint).name != "layerwise":
-        return [settings]
-    check_layers(options.cutoff_layers, layers_of(checkpoint))
-    return [settings.model_copy(update={"cutoff_layer": layer}) for layer in options.cutoff_layers]
+    family = family_of(checkpoint)
+    layers = options.cutoff_layers if family.name == "layerwise" else None
+    if layers is not None and settings.cutoff_layer is not None:
+        raise InputError(f"--cutoff-layer {settings.cutoff_layer}: --cutoff-layers says which")
+    found = [settings] if layers is None else [settings.model_copy(update={"cutoff_layer": each}) for each in layers]
+    for each in found:
+        family.describe(checkpoint, each)  # fails where loading would
+    return found
 
 
 def _names(settings: list[RerankSettings]) -> list[str]:

@@ -74,6 +74,7 @@ def encoder_run(
         ignore_identical_ids: Leave out passages that have the query's own id.
 
     Raises:
+        ValueError: No encoder can be loaded there.
         ImportError: sentence-transformers is not installed; the message says how to install it.
     """
     try:
@@ -83,7 +84,10 @@ def encoder_run(
             'an encoder as the first stage needs sentence-transformers: pip install "bge-rerank-plugins[eval]"'
         ) from error
 
-    encoder = SentenceTransformer(model)
+    try:
+        encoder = SentenceTransformer(model)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"first_stage={model!r}: not 'bm25', and no encoder can be loaded there: {error}") from error
     encode: Callable[[list[str]], Any] = lambda texts: encoder.encode(  # noqa: E731
         texts, normalize_embeddings=True, show_progress_bar=False, convert_to_numpy=True
     )
