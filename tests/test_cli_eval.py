@@ -41,7 +41,7 @@ def test_models_and_layers_stand_in_one_table_and_one_plot(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "out"
-    arguments = ["eval", str(folder), "--models", f"{ENCODER},{LAYERWISE}", "--cutoff-layers", "4,11", "--top-k", "5"]
+    arguments = ["eval", str(folder), "--models", f"{ENCODER}, {LAYERWISE}", "--cutoff-layers", "4,11", "--top-k", "5"]
 
     assert main([*arguments, "--output", str(output), "--plot", str(tmp_path / "plot.png")]) == 0
 
@@ -181,6 +181,11 @@ def test_corrupt_input_is_one_line_and_status_2_and_nothing_is_overwritten(
         (["FOLDER", "--split", "dev", "--qrels", "own"], "--split dev: --qrels own takes the place of"),
         (["FOLDER", "--run", "own", "--first-stage", "bm25"], "--first-stage bm25: --run own has the candidates"),
         (["FOLDER", "--first-stage-prompt", "query: "], "--first-stage-prompt query: : goes with an encoder"),
+        (
+            ["standard-library", "--sample", "1", "--top-k", "2", "--ignore-identical-ids"],
+            "--ignore-identical-ids True: goes with a corpus",
+        ),
+        (["FOLDER", "--device", "hpu:9"], "device='hpu:9': "),
         (["FOLDER", "--cutoff-layers", "4"], "--cutoff-layers 4: none of the models is layerwise"),
         (
             ["FOLDER", "--models", LAYERWISE, "--cutoff-layers", "4,5", "--cutoff-layer", "6"],

@@ -53,7 +53,7 @@ def run(arguments: argparse.Namespace) -> None:
     """
     options = fields_of(arguments, EvaluationSettings)
     progress = getattr(arguments, "show_progress", None)
-    models = [model for model in arguments.models.split(",") if model]
+    models = [model.strip() for model in arguments.models.split(",") if model.strip()]
     if not models:
         raise InputError(f"--models={arguments.models!r}: name at least one model")
     from .measures import parse_measures
@@ -170,6 +170,7 @@ def _check_options(options: EvaluationSettings) -> None:
         ("split", options.qrels is not None, f"--qrels {options.qrels} takes the place of those in the folder"),
         ("qrels", data is not None and not is_folder, f"goes with a corpus; {data} has its own judgements"),
         ("run", data not in (None, STANDARD_LIBRARY) and not is_folder, f"goes with a corpus; {data} is a rerank set"),
+        ("ignore_identical_ids", data is not None and not is_folder, f"goes with a corpus; {data} has ids of its own"),
         ("first_stage", options.run is not None, f"--run {options.run} has the candidates"),
         ("first_stage_prompt", options.first_stage == "bm25", "goes with an encoder; --first-stage is bm25"),
     )
@@ -191,11 +192,14 @@ def _layers(settings: RerankSettings, options: EvaluationSettings) -> list[Reran
     """The settings at each layer that was asked for, where the model has layers to choose from.
 
     Raises:
-        ValueError: The model cannot be used, as far as can be told without its weights.
+        ValueError: The model or device cannot be used, as far as can be told without weights.
     """
     from ..core.checkpoint import Checkpoint
+    from ..core.device import choose_device
     from ..core.families import family_of
 
+    for device in settings.device if isinstance(settings.device, list) else [settings.device]:
+        choose_device(device)
     checkpoint = Checkpoint.from_settings(settings)
     family = family_of(checkpoint)
     layers = options.cutoff_layers if family.name == "layerwise" else None
