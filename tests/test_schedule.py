@@ -1,5 +1,9 @@
 """What goes into the next pack."""
 
+import math
+from itertools import chain, repeat, takewhile
+from typing import Any
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -86,6 +90,15 @@ def test_a_long_job_always_moves() -> None:
         assert job.taken > before
 
 
+def test_a_long_job_in_many_small_requests_always_moves() -> None:
+    """What it submits as it goes on came after all others; its share went to whose request had waited longest."""
+    job = Job(math.inf)
+    schedule = scheduled(Request([TokenSequence([0] * 100)] * 4, job), request(*[100] * 1000))
+    for _ in range(40):
+        assert any(pair.request.job is job for pair in schedule.take(2000))
+        schedule.add(Request([TokenSequence([0] * 100)] * 2, job))
+
+
 def test_a_cancelled_request_is_handed_out_no_more() -> None:
     first, second = request(5, 5, 5), request(5)
     schedule = scheduled(first, second)
@@ -99,10 +112,49 @@ def test_what_is_put_back_comes_first_and_keeps_its_place() -> None:
     only = request(5, 5, 5, 5)
     schedule = scheduled(only)
     schedule.put_back(schedule.take(10))
+    schedule.put_back(schedule.take(5))
     assert schedule.tokens == 20
     assert [pair.index for pair in schedule.take(5)] == [0]
     assert [pair.index for pair in schedule.take(5)] == [1]
     assert [pair.index for pair in schedule.take(10)] == [2, 3]
+
+
+steps = st.lists(
+    st.one_of(
+        st.tuples(st.just("add"), lengths),
+        st.tuples(st.sampled_from(["take", "take and put back", "take and put back"]), st.integers(1, 60)),
+        st.tuples(st.just("cancel"), st.integers(0, 5)),
+    ),
+    max_size=30,
+)
+
+
+@given(steps)
+def test_whatever_is_added_put_back_and_cancelled_every_pair_that_is_waited_for_comes_once_and_in_order(
+    steps: list[tuple[str, Any]],
+) -> None:
+    schedule, requests, scored = Schedule(), list[Request](), list[Pair]()
+    for step, value in chain(steps, takewhile(lambda _: schedule, repeat(("take", 60)))):
+        if step == "add":
+            requests.append(request(*value))
+            schedule.add(requests[-1])
+        elif step == "cancel" and value < len(requests):
+            requests[value].future.cancel()
+        elif step != "cancel":
+            pairs = schedule.take(value)
+            assert not any(pair.request.finished for pair in pairs)
+            if step == "take":
+                scored += pairs
+            else:
+                schedule.put_back(pairs)
+        waited_for = [each for each in requests if not each.finished]
+        done = {(pair.request.arrival, pair.index) for pair in scored}
+        missing = [len(s) for r in waited_for for i, s in enumerate(r.sequences) if (r.arrival, i) not in done]
+        assert schedule.tokens == sum(missing)
+        assert bool(schedule) == bool(missing)
+    for each in requests:
+        places = [pair.index for pair in scored if pair.request is each]
+        assert places == list(range(len(places) if each.finished else len(each.sequences)))
 
 
 def test_a_shared_prefix_counts_once_against_the_budget() -> None:
