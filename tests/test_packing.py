@@ -1,10 +1,13 @@
 """Packs: end to end, never padded, prefixes once."""
 
+from random import Random
+
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from bge_rerank_plugins.core.packing import pack_sequences
+from bge_rerank_plugins.core.prefixes import Prefixes
 from bge_rerank_plugins.core.sequences import TokenSequence, computed_tokens
 
 ids = st.lists(st.integers(0, 99), min_size=1, max_size=9)
@@ -20,6 +23,7 @@ def test_a_pack_holds_the_tokens_of_its_sequences_and_not_one_more(sequences: li
     assert pack.cu_seqlens_q.diff().tolist() == [len(s) for s in sequences]
     assert torch.equal(pack.cu_seqlens_q, pack.cu_seqlens_k)
     assert pack.key_rows is None
+    assert pack.longest_q == pack.longest_k == max(map(len, sequences))
 
 
 @given(st.lists(st.tuples(ids, st.lists(ids, min_size=1, max_size=4)), min_size=1, max_size=4))
@@ -57,6 +61,41 @@ def test_what_fills_a_pack_up_stands_behind_all_others_as_a_sequence_of_its_own(
         assert torch.equal(kept, getattr(alone, name))
     assert filled.segments[: len(sequences)] == alone.segments
     assert len(filled.segments) == len(sequences) + bool(missing)
+    assert not filled.position_ids[len(alone) :].any(), "a position that a model may not have"
+
+
+requests_in_packs = st.lists(st.tuples(ids, st.lists(ids, min_size=1, max_size=6)), min_size=1, max_size=3)
+
+
+@given(requests_in_packs, st.integers(1, 5), st.randoms(use_true_random=False))
+def test_every_sequence_reads_its_own_keys_wherever_its_prefix_was_computed(
+    requests: list[tuple[list[int], list[list[int]]]], at_once: int, random: Random
+) -> None:
+    """In packs that follow one another, ids standing in for keys: a prefix is computed in the first that needs it."""
+    sequences = [
+        TokenSequence([*prefix, *rest], prefix=len(prefix), group=group)
+        for group, (prefix, rests) in enumerate(requests)
+        for rest in rests
+    ]
+    random.shuffle(sequences)
+    packs = [sequences[start : start + at_once] for start in range(0, len(sequences), at_once)]
+    kept, computed = Prefixes(), 0
+    for number, laid in enumerate(packs):
+        later = {sequence.group for others in packs[number + 1 :] for sequence in others}
+        before = list(kept)
+        pack = pack_sequences(laid, kept=kept, keep=later)
+        assert len(pack) == computed_tokens(laid, before)
+        keys, _ = pack.carried.carry(0, pack.input_ids, pack.input_ids)
+        kept = pack.carried.after
+        assert set(kept) == {group for group in later if group in before or group in {s.group for s in laid}}
+        assert pack.key_rows is not None
+        counts = pack.cu_seqlens_k.diff().tolist()
+        assert (pack.longest_q, pack.longest_k) == (int(pack.cu_seqlens_q.diff().max()), max(counts))
+        of_segments = zip(pack.segments, keys[pack.key_rows].split(counts), strict=True)
+        read = [rows.tolist() for segment, rows in of_segments if segment.stop - 1 in pack.last_rows.tolist()]
+        assert read == [sequence.input_ids for sequence in laid]
+        computed += len(pack)
+    assert computed == sum(len(prefix) + sum(map(len, rests)) for prefix, rests in requests)
 
 
 def test_positions_and_segments_given_by_the_family_are_kept() -> None:
