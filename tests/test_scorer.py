@@ -2,12 +2,17 @@
 
 import asyncio
 import copy
+import gc
 import pickle
+import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import DATA
@@ -17,6 +22,7 @@ from strategies import texts
 
 from bge_rerank_plugins import RankedPassage, RerankSettings, Scorer
 from bge_rerank_plugins.core.engine import key_of
+from bge_rerank_plugins.core.worker import Worker
 from bge_rerank_plugins.ranking import rank_scores, sigmoid
 
 PASSAGES = [
@@ -266,6 +272,101 @@ def test_a_scorer_that_is_forgotten_gives_its_model_back(encoder_dir: str) -> No
     assert set(registry._engines) != before
     del scorer
     assert set(registry._engines) == before
+
+
+def test_a_scorer_that_is_closed_and_then_forgotten_gives_its_model_back_once(encoder_dir: str) -> None:
+    """The second time it was taken from another scorer, under its running calls."""
+    first, second = (Scorer(encoder_dir, query_instruction="given back ") for _ in range(2))
+    with second:
+        first.warmup()
+        second.warmup()
+        first.close()
+        del first
+        second.warmup()
+        assert second.stats()["requests"] == 3
+
+
+async def test_a_model_that_died_is_followed_by_another_for_tasks_too_and_leaves_no_thread(encoder_dir: str) -> None:
+    def threads() -> set[threading.Thread]:
+        return {thread for thread in threading.enumerate() if thread.name.startswith("bge-rerank-")}
+
+    others = threads()
+    with Scorer(encoder_dir, query_instruction="died ") as scorer:
+        expected = await scorer.ascore("a", ["b"])
+        family: Any = scorer._lease.loaded()[1]
+        family.forward = lambda *_: sys.exit("the worker is gone")
+        dead = threads() - others
+        with pytest.raises(RuntimeError, match="the worker is gone"):
+            await scorer.ascore("a", ["b"])
+        assert await scorer.ascore("a", ["b"]) == pytest.approx(expected)
+        for thread in dead:
+            thread.join(timeout=5)
+        assert len(dead) == 2
+        assert not dead & threads()
+
+
+async def test_who_does_not_wait_for_a_load_any_more_does_not_stop_it_for_others(
+    encoder_dir: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, gate, init = threading.Event(), threading.Event(), Worker.__init__
+
+    def slow(self: Worker, *arguments: Any) -> None:
+        begun.set()
+        gate.wait(30)
+        init(self, *arguments)
+
+    monkeypatch.setattr(Worker, "__init__", slow)
+    with Scorer(encoder_dir, query_instruction="slow to load ") as scorer:
+        first, second = (asyncio.ensure_future(scorer.ascore("a", ["b"])) for _ in range(2))
+        while not begun.is_set():
+            await asyncio.sleep(0.001)
+        await asyncio.sleep(0.05)
+        first.cancel()
+        await asyncio.sleep(0.05)
+        gate.set()
+        assert len(await asyncio.wait_for(second, timeout=30)) == 1
+        assert first.cancelled()
+
+
+class Passages(list[str]):
+    """A list that one can tell to be gone."""
+
+
+@pytest.mark.parametrize("ask", [Scorer.score, lambda *arguments: asyncio.run(Scorer.ascore(*arguments))])
+def test_nothing_of_a_call_whose_load_failed_is_kept(ask: Callable[..., object], tmp_path: Path) -> None:
+    """The scorer kept the model that had failed, that one its error, and the error the caller's frames."""
+    scorer = Scorer(str(tmp_path))
+
+    def failed() -> weakref.ref[Passages]:
+        passages = Passages(["b"])
+        with pytest.raises(ValueError, match=r"config\.json"):
+            ask(scorer, "a", passages)
+        return weakref.ref(passages)
+
+    kept = failed()
+    gc.collect()
+    assert kept() is None
+
+
+async def test_a_failed_load_that_is_noticed_late_does_not_take_the_model_of_the_next_one(
+    encoder_dir: str, tmp_path: Path
+) -> None:
+    asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(1))
+    model, gate = tmp_path / "model", threading.Event()
+    model.mkdir()
+    with Scorer(str(model)) as scorer, ThreadPoolExecutor(1) as other:
+        late = asyncio.ensure_future(scorer.ascore("a", ["b"]))
+        await asyncio.sleep(0)  # it has asked for the model
+        held_up = asyncio.get_running_loop().run_in_executor(None, gate.wait, 30)
+        with pytest.raises(ValueError, match=r"config\.json"):
+            await asyncio.wrap_future(other.submit(scorer.score, "a", ["b"]))
+        shutil.copytree(encoder_dir, model, dirs_exist_ok=True)
+        await asyncio.wrap_future(other.submit(scorer.score, "a", ["b"]))
+        gate.set()
+        await held_up
+        with pytest.raises(ValueError, match=r"config\.json"):
+            await late
+        assert scorer.stats()["pairs"] == 1
 
 
 @pytest.mark.parametrize("copier", [copy.deepcopy, lambda scorer: pickle.loads(pickle.dumps(scorer))])
