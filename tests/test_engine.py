@@ -1,10 +1,12 @@
 """The engine under faults: a fault stays with the request it belongs to, and the next request succeeds."""
 
+import json
 import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -12,15 +14,22 @@ import torch
 from conftest import DATA
 from torch import Tensor
 
-from bge_rerank_plugins import Scorer
+from bge_rerank_plugins import RerankSettings, Scorer
 from bge_rerank_plugins.core import layerwise, worker
 from bge_rerank_plugins.core.device import available_devices, choose_device, choose_precision
 from bge_rerank_plugins.core.engine import EngineClosedError
 from bge_rerank_plugins.core.outcome import give_error, give_score
 from bge_rerank_plugins.core.packing import Pack
+from bge_rerank_plugins.core.prefixes import Prefixes
 from bge_rerank_plugins.core.schedule import Job, Pair, Request, Schedule
 from bge_rerank_plugins.core.sequences import TokenSequence
-from bge_rerank_plugins.core.worker import SMALLEST_BUDGET, Worker, budget_within, token_bytes
+from bge_rerank_plugins.core.worker import (
+    SMALLEST_BUDGET,
+    Pending,
+    Worker,
+    budget_within,
+    token_bytes,
+)
 
 MODEL = str(DATA / "encoder")
 
@@ -293,6 +302,62 @@ def test_a_budget_is_what_half_of_the_free_memory_holds() -> None:
     assert token_bytes({"hidden_size": 10}, torch.float32) == 4 * (120 + 160)
 
 
+def test_a_budget_is_that_of_the_settings_or_else_what_the_devices_memory_holds(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    per_token = token_bytes(json.loads((DATA / "encoder" / "config.json").read_text()), torch.float32)
+    monkeypatch.setattr(worker, "free_memory", lambda device: 2 * 600 * per_token)
+    assert Worker(RerankSettings(model=MODEL), "cpu").budget == 600
+    assert Worker(RerankSettings(model=MODEL, max_batch_tokens=9000), "cpu").budget == 9000
+
+
+def test_a_budget_that_was_halved_grows_again_slowly_up_to_what_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What did not fit beside a neighbour on the device fits when that one is gone."""
+    monkeypatch.setattr(worker, "PACKS_BEFORE_GROWTH", 3)
+    one = Worker(RerankSettings(model=MODEL, max_batch_tokens=500), "cpu")
+    pair = one.family.encode("a", ["b"])
+
+    def budgets_after(packs: int) -> list[int]:
+        budgets = []
+        for _ in range(packs):
+            one.finish(one.start(pair))
+            budgets.append(one.budget)
+        return budgets
+
+    one.shrink(800)
+    assert budgets_after(2) == [250, 250]
+    one.shrink(200)  # and the packs that fitted count no more
+    assert budgets_after(4) == [100, 100, 112, 112]
+    budgets = budgets_after(45)[1::3]
+    assert all(before < after <= before * 9 / 8 for before, after in pairwise(budgets) if before < 500)
+    assert budgets[-2:] == [500, 500]
+    one.shrink(2)
+    assert budgets_after(3) == [1, 1, 2]
+
+
+def test_the_prefix_of_a_call_that_was_cancelled_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Until the next call, which may never come, its keys and values would fill the device's memory."""
+    finish, kept = Worker.finish, list[weakref.ref[Prefixes]]()
+
+    def cancelled(self: Worker, pending: Pending) -> list[Any]:
+        assert list(self.kept), "nothing is kept for the next pack"
+        kept.append(weakref.ref(self.kept))
+        request.cancel()
+        return finish(self, pending)
+
+    with Scorer(str(DATA / "decoder"), max_batch_tokens=400) as scorer:
+        scorer.warmup()
+        engine, family = scorer._lease.loaded()
+        monkeypatch.setattr(Worker, "finish", cancelled)
+        sequences = family.encode("what is a panda " * 10, [f"panda number {i} in Sichuan" for i in range(60)])
+        request = engine.submit(sequences, engine.open_job(60))
+        until = time.monotonic() + 5
+        while not (kept and kept[0]() is None) and time.monotonic() < until:
+            time.sleep(0.001)
+        assert len(kept) == 1
+        assert kept[0]() is None
+
+
 def test_a_pair_that_does_not_fit_alone_is_an_error_for_its_request_only(scorer: Scorer) -> None:
     def tiny(pack: Pack, forward: Callable[[Pack], Tensor]) -> Tensor:
         if len(pack) > 100:
@@ -320,6 +385,26 @@ def test_several_devices_share_one_queue_and_keep_the_order() -> None:
     passages = [f"panda number {i}" for i in range(200)]
     with Scorer(MODEL) as one, Scorer(MODEL, device=["cpu", "cpu"], max_batch_tokens=128) as two:
         assert two.score("panda", passages) == pytest.approx(one.score("panda", passages), abs=1e-5)
+
+
+def test_a_device_that_cannot_load_fails_the_first_call_not_a_later_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Were the first device to load enough, scores would come until the other one has failed."""
+    init, loaded = Worker.__init__, threading.Event()
+
+    def full(self: Worker, settings: RerankSettings, device_name: str) -> None:
+        if device_name == "cpu:0":
+            assert loaded.wait(30)
+            time.sleep(0.3)
+            raise torch.OutOfMemoryError("no room for the weights")
+        init(self, settings, device_name)
+        loaded.set()
+
+    monkeypatch.setattr(Worker, "__init__", full)
+    with (
+        Scorer(MODEL, device=["cpu", "cpu:0"]) as scorer,
+        pytest.raises(torch.OutOfMemoryError, match="no room for the weights"),
+    ):
+        scorer.score("a", ["b"])
 
 
 def test_close_fails_what_still_waits_and_frees_the_model() -> None:
