@@ -132,6 +132,16 @@ def test_a_device_that_fails_while_its_pack_is_awaited_fails_its_request(monkeyp
 
 
 @pytest.mark.usefixtures("aside")
+def test_the_time_of_packs_that_overlap_is_counted_once() -> None:
+    with small(ENCODER) as scorer:
+        before = scorer.stats()["device_seconds"]
+        start = time.perf_counter()
+        scorer.score(QUERY, PASSAGES)
+        taken = time.perf_counter() - start
+        assert 0 < scorer.stats()["device_seconds"] - before < taken
+
+
+@pytest.mark.usefixtures("aside")
 def test_a_pack_that_nothing_follows_is_not_held_back(expected: tuple[str, list[float]], calls: list[str]) -> None:
     model, scores = expected
     with small(model) as scorer:
