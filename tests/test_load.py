@@ -10,7 +10,9 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import DATA
@@ -19,12 +21,13 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from strategies import texts
 
-from bge_rerank_plugins import Scorer
-from bge_rerank_plugins.call import PAIRS_AHEAD
+from bge_rerank_plugins import Scorer, call
+from bge_rerank_plugins.call import ENCODE_AT_ONCE, PAIRS_AHEAD
 from bge_rerank_plugins.core.checkpoint import Checkpoint
 from bge_rerank_plugins.core.engine import QueueFullError
 from bge_rerank_plugins.core.windows import _spans, split_text
 from bge_rerank_plugins.settings import RerankSettings
+from bge_rerank_plugins.turns import Turns
 
 ENCODER, DECODER, LAYERWISE = (str(DATA / family) for family in ("encoder", "decoder", "layerwise"))
 
@@ -102,6 +105,42 @@ def test_a_slow_device_is_not_run_away_from(scorer: Scorer) -> None:
         next(stream)
         assert drawn < scored + PAIRS_AHEAD + 200
     stream.close()  # type: ignore[attr-defined]
+
+
+def test_a_stream_keeps_a_slow_device_supplied_to_its_end_and_goes_no_further_ahead(
+    encoder_dir: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every pack begins when as many pairs are drawn as may be; were scores not counted off, that would be so for the first."""
+    ahead, pairs, drawn, scored = 4 * ENCODE_AT_ONCE, 1000, 0, 0
+    monkeypatch.setattr(call, "PAIRS_AHEAD", ahead)
+    most, reached = 0, list[bool]()
+
+    def drawing() -> Iterator[tuple[str, str]]:
+        nonlocal drawn, most
+        for drawn in range(1, pairs + 1):
+            most = max(most, drawn - scored)
+            yield "a", "panda"
+
+    with Scorer(encoder_dir, query_instruction="slow ") as scorer:
+        scorer.warmup()
+        family: Any = scorer._lease.loaded()[1]
+        forward = family.forward
+
+        def slow(*arguments: Any) -> Any:
+            until = time.monotonic() + 10
+            while drawn < pairs and drawn - scored <= ahead and all(reached) and time.monotonic() < until:
+                time.sleep(0.0005)
+            reached.append(drawn == pairs or drawn - scored > ahead)
+            time.sleep(0.01)
+            return forward(*arguments)
+
+        family.forward = slow
+        for _ in scorer.score_stream(drawing()):
+            scored += 1
+    assert scored == pairs
+    assert len(reached) > 3
+    assert all(reached)
+    assert ahead < most <= ahead + 2 * ENCODE_AT_ONCE
 
 
 def test_a_stream_yields_what_comes_before_a_bad_pair(scorer: Scorer) -> None:
@@ -364,10 +403,6 @@ def test_calls_that_begin_together_are_few_jobs_for_the_tokenizer(scorer: Scorer
 
 
 def test_an_error_in_one_of_many_calls_is_that_calls_alone(scorer: Scorer) -> None:
-    from functools import partial
-
-    from bge_rerank_plugins.turns import Turns
-
     def fail() -> None:
         raise ZeroDivisionError
 
@@ -381,6 +416,30 @@ def test_an_error_in_one_of_many_calls_is_that_calls_alone(scorer: Scorer) -> No
     first, second, third = asyncio.run(three())
     assert (first, third) == ("1", "2")
     assert isinstance(second, ZeroDivisionError)
+
+
+@pytest.mark.parametrize("begun", [True, False])
+def test_a_call_that_is_cancelled_at_the_tokenizer_holds_up_no_other_and_is_spared_if_it_has_not_begun(
+    begun: bool,
+) -> None:
+    gate, entered, done = threading.Event(), threading.Event(), list[str]()
+
+    def first() -> None:
+        entered.set()
+        gate.wait(30)
+
+    async def cancelled() -> list[str]:
+        with ThreadPoolExecutor(1) as thread:
+            turns = Turns(thread)
+            calls = [turns.run(first), *(turns.run(partial(done.append, name)) for name in ("second", "third"))]
+            while not entered.is_set():
+                await asyncio.sleep(0.001)
+            calls[0 if begun else 1].cancel()
+            gate.set()
+            await asyncio.wait_for(calls[2], timeout=10)
+            return done
+
+    assert asyncio.run(cancelled()) == (["second", "third"] if begun else ["third"])
 
 
 def test_closing_while_calls_wait_for_the_tokenizer_tells_every_one_of_them() -> None:
