@@ -354,6 +354,24 @@ def test_a_long_passage_has_the_score_of_its_best_window(directory: str) -> None
         assert split.stats()["truncated"] == 1  # the one that was cut, by the scorer beside it
 
 
+@pytest.mark.parametrize("directory", [ENCODER, DECODER, LAYERWISE])
+def test_a_window_fits_with_the_instructions_and_the_query(directory: str) -> None:
+    long = " ".join(f"Item {i} describes panda number {i * 7 % 31} in Sichuan." for i in range(40))
+    instructions = {"query_instruction": "Find what answers this: ", "passage_instruction": "A text from an archive: "}
+    with Scorer(directory, max_length=64, long_passages="split", **instructions) as scorer:  # type: ignore[arg-type]
+        scorer.score("panda number 14", [long])
+        assert scorer.stats()["pairs"] > 5
+        assert scorer.stats()["truncated"] == 0
+
+
+def test_what_stands_at_the_end_of_a_window_is_repeated_in_the_next_one() -> None:
+    """A quarter of it: an answer that a cut goes through would be whole in neither."""
+    text = "the " * 99 + "the"  # a token each
+    spans = list(_spans(TOKENIZER.backend_tokenizer, text, 16, ""))
+    places = [(text[:start].count("the"), text[:stop].count("the")) for start, stop in spans]
+    assert places == [(start, start + 16) for start in range(0, 85, 12)]
+
+
 def test_layers_take_the_best_window_each() -> None:
     long = " ".join(f"Item {i} describes panda number {i}." for i in range(40))
     with Scorer(LAYERWISE, max_length=64, long_passages="split") as split, Scorer(LAYERWISE, max_length=64) as cut:
