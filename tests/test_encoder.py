@@ -138,6 +138,22 @@ def test_a_long_query_leaves_room_and_the_passage_is_cut_to_what_is_left(
     assert sequence.input_ids.index(2) - 1 == min(max_length * 3 // 4, max_length - 4)
 
 
+def test_a_passage_that_fits_to_the_last_token_is_not_said_to_be_cut(encoder_dir: str) -> None:
+    passages = ["a " * count for count in range(25)]
+    whole, cut = (load(encoder_dir, max_length=length, query_max_length=6) for length in (512, 24))
+    lengths = [len(sequence) for sequence in whole.encode("panda", passages)]
+    assert {23, 24, 25} <= set(lengths)
+    assert [sequence.truncated for sequence in cut.encode("panda", passages)] == [length > 24 for length in lengths]
+
+
+def test_what_fills_a_pack_up_may_be_longer_than_the_longest_pair(both: tuple[Encoder, EncoderReference]) -> None:
+    """As in a large pack for a model of few positions."""
+    encoder, reference = both
+    pack = pack_sequences(encoder.encode("panda", ["a bear"]), rows_for=lambda rows: rows + 200)
+    with torch.inference_mode():
+        assert encoder.forward(pack).tolist()[:1] == pytest.approx([reference.score("panda", "a bear")], abs=1e-4)
+
+
 def test_query_max_length_is_respected(encoder_dir: str) -> None:
     (sequence,) = load(encoder_dir, max_length=64, query_max_length=3).encode("panda " * 100, ["hi"])
     assert sequence.input_ids.index(2) - 1 == 3

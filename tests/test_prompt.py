@@ -52,6 +52,15 @@ def test_truncation_at_every_edge(length: int) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+def test_a_passage_that_fits_to_the_last_token_is_not_said_to_be_cut(family: str) -> None:
+    passages = ["a " * count for count in range(25)]
+    whole, cut = (prompt_for(family, max_length=length, query_max_length=6) for length in (1024, 24))
+    lengths = [len(sequence) - cut.extra_tokens for sequence in whole.encode("panda", passages)]
+    assert {23, 24, 25} <= set(lengths)
+    assert [sequence.truncated for sequence in cut.encode("panda", passages)] == [length > 24 for length in lengths]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_custom_prompt_and_instructions_take_the_place_of_the_cards(family: str) -> None:
     prompt = prompt_for(
         family, max_length=64, prompt="Is B about A?", query_instruction="Frage: ", passage_instruction=""
