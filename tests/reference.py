@@ -93,10 +93,11 @@ class LayerwiseReference(PromptReference):
         return x @ self.weights[name + ".weight"].T
 
     def rotated(self, x: Tensor) -> Tensor:
-        """Rotary positions over the halves of each head. x has shape (heads, tokens, head_dim)."""
+        """Rotary positions, scaled linearly if at all, over the halves of each head. x has shape (heads, tokens, head_dim)."""
         dim = x.shape[-1]
         speeds = self.config["rope_theta"] ** (-torch.arange(0, dim, 2).float() / dim)
-        angles = torch.outer(torch.arange(x.shape[1]).float(), speeds).repeat(1, 2)
+        places = torch.arange(x.shape[1]).float() / (self.config["rope_scaling"] or {}).get("factor", 1.0)
+        angles = torch.outer(places, speeds).repeat(1, 2)
         halves = torch.cat([-x[..., dim // 2 :], x[..., : dim // 2]], dim=-1)
         return x * angles.cos() + halves * angles.sin()
 

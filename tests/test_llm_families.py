@@ -265,6 +265,26 @@ def test_every_kind_of_head_scores_by_its_definition(head_type: str, head_multi:
         assert [scores[k][i] for k in (3, 7, 11)] == pytest.approx([expected[k] for k in (3, 7, 11)], abs=1e-4)
 
 
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_theta": 50.0},
+        {"rope_scaling": {"type": "linear", "factor": 8.0}},
+        {"rope_theta": 50.0, "rope_scaling": {"rope_type": "linear", "factor": 8.0}},
+    ],
+)
+def test_positions_turn_as_fast_as_the_config_of_a_layerwise_model_says(rope: dict[str, Any], tmp_path: Path) -> None:
+    shutil.copytree(LAYERWISE, tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config | rope))
+    query, passages = "what is panda?", ["hi", "a bear of Sichuan " * 4]
+    reference, usual = (LayerwiseReference(str(directory), 1024) for directory in (tmp_path / "model", LAYERWISE))
+    expected = [reference.scores(query, passage)[11] for passage in passages]
+    assert expected != pytest.approx([usual.scores(query, passage)[11] for passage in passages], abs=1e-2)
+    with Scorer(str(tmp_path / "model")) as scorer:
+        assert scorer.score(query, passages) == pytest.approx(expected, abs=1e-4)
+
+
 def without_layers_from(directory: Path, first_missing: int) -> str:
     """A copy of the layerwise checkpoint whose file does not hold the upper layers and their heads."""
     shutil.copytree(LAYERWISE, directory)
@@ -333,10 +353,16 @@ def test_layers_of_a_model_that_has_none_are_an_error(encoder_dir: str) -> None:
     assert Scorer("/no/such/model").score_layers("a", [], [3, 8]) == {3: [], 8: []}
 
 
-def test_gemma_is_not_run_in_float16() -> None:
+@pytest.mark.parametrize("name", ["Gemma", "Gemma2"])
+def test_gemma_is_not_run_in_float16(name: str, causal_dirs: dict[str, str]) -> None:
     """Its hidden states overflow to NaN there, as users of other libraries found out."""
     with pytest.raises(ValueError, match=r"dtype='float16': Gemma.*NaN; use 'bfloat16' or 'float32'"):
-        Scorer(DECODER, dtype="float16").score("a", ["b"])
+        Scorer(causal_dirs[name], dtype="float16").score("a", ["b"])
+
+
+def test_other_language_models_run_in_float16(causal_dirs: dict[str, str]) -> None:
+    with Scorer(causal_dirs["Llama"], dtype="float16") as scorer:
+        assert len(scorer.score("a", ["b"])) == 1
 
 
 @pytest.mark.parametrize("directory", [DECODER, LAYERWISE])
