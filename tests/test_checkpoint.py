@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +105,29 @@ def test_loading_prints_nothing(encoder_dir: str, capfd: pytest.CaptureFixture[s
     with Scorer(encoder_dir, query_instruction="unlike any other scorer's ") as scorer:
         scorer.score("a", ["b"])
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("bars", [True, False])
+@pytest.mark.parametrize("weights", ["whole", "cut short"])
+def test_loading_leaves_transformers_as_loud_as_the_program_wants_it(bars: bool, weights: str, copied: Path) -> None:
+    from transformers.utils import logging as loud
+
+    if weights == "cut short":
+        (copied / "model.safetensors").write_bytes((copied / "model.safetensors").read_bytes()[:5000])
+    before = loud.get_verbosity(), loud.is_progress_bar_enabled()
+
+    def set_bars(shown: bool) -> None:
+        (loud.enable_progress_bar if shown else loud.disable_progress_bar)()  # type: ignore[no-untyped-call]
+
+    try:
+        loud.set_verbosity_info()
+        set_bars(bars)
+        with Scorer(str(copied)) as scorer, suppress(ValueError):
+            scorer.warmup()
+        assert (loud.get_verbosity(), loud.is_progress_bar_enabled()) == (loud.INFO, bars)
+    finally:
+        loud.set_verbosity(before[0])
+        set_bars(before[1])
 
 
 def test_models_may_be_loaded_at_the_same_time() -> None:
