@@ -255,7 +255,7 @@ def granite_config(published: dict[str, Any], top: int) -> GraniteConfig:
         attention_multiplier=(published["hidden_size"] // published["num_attention_heads"]) ** -0.5,
         rope_parameters={
             "rope_theta": published.get("rope_theta", 10000.0),
-            "rope_type": rope.pop("rope_type", rope.pop("type", "default")),
+            "rope_type": rope.pop("type", "default"),  # its name in older configs; the newer one comes with the rest
             **rope,
         },
         published={name: published[name] for name in ("start_layer", "head_multi", "head_type")},  # type: ignore[call-arg]
