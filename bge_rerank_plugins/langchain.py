@@ -266,8 +266,8 @@ class BGECrossEncoder(ScorerSettings, BaseCrossEncoder):
             >>> BGECrossEncoder(model="BAAI/bge-reranker-v2-m3").score([("what is panda?", "hi")])  # doctest: +SKIP
             [-8.1875]
         """
-        pairs = list(text_pairs)
-        requests = requests_of_pairs(pairs)
+        requests = requests_of_pairs(text_pairs)
+        pairs = [(query, passage) for query, passages in requests for passage in passages]
         scorer = self._active_scorer()
         if hasattr(scorer, "score_pairs"):
             return checked_scores(scorer.score_pairs(pairs), pairs)

@@ -203,6 +203,9 @@ class Scorer:
             ValueError: Not a layerwise model, or a layer without a scoring head; the message names the range.
         """
         texts = checked_texts(query, passages)
+        if isinstance(cutoff_layers, (str, bytes)) or not isinstance(cutoff_layers, Iterable):
+            raise ValueError(f"cutoff_layers={cutoff_layers!r}: expected a list of layers")
+        cutoff_layers = list(cutoff_layers)
         if not texts:
             return {layer: [] for layer in cutoff_layers}
         layers = self._checked_layers(cutoff_layers)
@@ -337,9 +340,6 @@ class Scorer:
 
     def _checked_layers(self, cutoff_layers: Sequence[int]) -> tuple[int, ...]:
         _, family = self._lease.loaded()
-        if isinstance(cutoff_layers, str) or not isinstance(cutoff_layers, Iterable):
-            raise ValueError(f"cutoff_layers={cutoff_layers!r}: expected a list of layers")
-        cutoff_layers = list(cutoff_layers)
         if family.layers is None:
             raise ValueError(f"cutoff_layers={cutoff_layers}: {self._settings.model!r} is no layerwise checkpoint")
         if not cutoff_layers:

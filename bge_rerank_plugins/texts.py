@@ -34,8 +34,10 @@ def by_place(requests: Iterable[Any], form: str, checked: Callable[[Any, Any], _
     """What `checked` makes of the two parts of each request.
 
     Raises:
-        ValueError: Something is not two parts, or `checked` raised it; the message names the request by its place.
+        ValueError: There is no list, something is not two parts, or `checked` raised it; the message names what.
     """
+    if not isinstance(requests, Iterable):
+        raise ValueError(f"requests={_shown(requests)}: expected a list of {form}")
     results = []
     for index, request in enumerate(requests):
         if isinstance(request, str) or not isinstance(request, Sequence) or len(request) != 2:
@@ -73,6 +75,8 @@ def stream_of_requests(pairs: Iterable[tuple[str, str]], longest: int | None = N
 
     The request before a pair that is refused is yielded before the error is raised.
     """
+    if not isinstance(pairs, Iterable):
+        raise ValueError(f"pairs={_shown(pairs)}: expected a list of (query, passage)")
     query, passages = "", list[str]()
     for index, pair in enumerate(pairs):
         try:

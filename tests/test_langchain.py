@@ -442,7 +442,7 @@ def test_cross_encoder_gives_pairs_of_several_queries_to_the_scorer_at_once():
     assert scorer.calls == [pairs]
 
 
-@pytest.mark.parametrize("pairs", [[("a", "b", "c")], ["ab"], [("a", None)], [None], "ab", [("a", "b"), 3]])
+@pytest.mark.parametrize("pairs", [[("a", "b", "c")], ["ab"], [("a", None)], [None], "ab", [("a", "b"), 3], None])
 @pytest.mark.parametrize("options", [{"model": MODEL}, {"scorer": LengthScorer()}], ids=["model", "scorer"])
 def test_cross_encoder_refuses_what_is_not_a_pair_of_strings(pairs, options):
     with pytest.raises(ValueError, match="pairs"):
@@ -501,6 +501,7 @@ def test_documents_may_come_from_a_generator(documents):
         ([([Document("a")],)], r"requests\[0\]: expected \(documents, query\)"),
         ([([Document("a")], None)], r"requests\[0\]: query=None"),
         ([(7, "q")], r"requests\[0\]: documents=7: expected a list"),
+        (None, r"requests=None: expected a list of \(documents, query\)"),
     ],
 )
 def test_a_request_of_a_batch_that_is_refused_is_named(requests, message):

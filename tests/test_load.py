@@ -63,11 +63,14 @@ def test_an_empty_batch_needs_no_model() -> None:
         ([("a", ["b"]), ("c", [None])], r"requests\[1\]: passages\[0\]=None"),
         ([(None, ["b"])], r"requests\[0\]: query=None"),
         ([("a",)], r"requests\[0\]: expected"),
+        (None, r"requests=None: expected a list of \(query, passages\)"),
     ],
 )
 def test_a_batch_names_the_request_that_is_wrong(scorer: Scorer, requests: list[object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         scorer.score_batch(requests)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=message):
+        asyncio.run(scorer.ascore_batch(requests))  # type: ignore[arg-type]
 
 
 # Streams

@@ -108,6 +108,13 @@ def test_what_is_not_a_pair_is_refused_by_place(scorer: Scorer, pairs: list[obje
         scorer.score_pairs(pairs)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("pairs", [None, 3])
+def test_what_is_no_list_of_pairs_is_refused_by_name(scorer: Scorer, pairs: object) -> None:
+    for score in (scorer.score_pairs, scorer.score_stream):
+        with pytest.raises(ValueError, match=rf"pairs={pairs}: expected a list of \(query, passage\)"):
+            list(score(pairs))  # type: ignore[operator]
+
+
 def test_normalize_is_the_sigmoid_of_the_raw_score(encoder_dir: str, scorer: Scorer) -> None:
     with Scorer(encoder_dir, normalize=True) as normalized:
         raw = scorer.score("panda", PASSAGES)
@@ -457,6 +464,12 @@ print(len(scorer.score("a", ["b"])))
 def test_what_are_no_layers_is_refused(layers: object) -> None:
     with Scorer(str(DATA / "layerwise")) as scorer, pytest.raises(ValueError, match="cutoff_layer"):
         scorer.score_layers("a", ["b"], layers)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("layers", [5, "35", b"35", None])
+def test_what_is_no_list_of_layers_is_refused_with_nothing_to_score(layers: object) -> None:
+    with pytest.raises(ValueError, match=f"cutoff_layers={layers!r}: expected a list of layers"):
+        Scorer("/no/such/model").score_layers("a", [], layers)  # type: ignore[arg-type]
 
 
 def test_layers_may_come_from_a_generator() -> None:
