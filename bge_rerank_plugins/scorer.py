@@ -10,6 +10,7 @@ import logging
 import math
 from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from functools import partial
+from itertools import chain
 from typing import TYPE_CHECKING, Any, Literal
 
 from .call import ENCODE_AT_ONCE, Call, chunks_of, progress_bar
@@ -270,8 +271,10 @@ class Scorer:
             except ValueError as error:
                 refused.append(error)
 
-        for chunk in self._scored_chunks(requests(), math.inf):
-            yield from self._normalized(chunk)
+        waiting = requests()
+        for first in waiting:  # there is one: nothing to score needs no model
+            for chunk in self._scored_chunks(chain([first], waiting), math.inf):
+                yield from self._normalized(chunk)
         if refused:
             raise refused[0]
 

@@ -64,6 +64,7 @@ def test_no_passages_need_no_model() -> None:
     scorer = Scorer("/no/such/model")
     assert scorer.score("a", []) == []
     assert scorer.score_pairs([]) == []
+    assert list(scorer.score_stream([])) == []
     assert scorer.rank("a", []) == []
     assert asyncio.run(scorer.ascore("a", [])) == []
     assert asyncio.run(scorer.arank("a", [])) == []
