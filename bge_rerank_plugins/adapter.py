@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set, Sized
 from copy import copy
 from typing import Any, Protocol, runtime_checkable
 from weakref import WeakSet
@@ -212,6 +212,8 @@ class AdapterSettings(ScorerSettings):
         scorer = self._active_scorer()
         if hasattr(scorer, "score_batch"):
             batch = scorer.score_batch(checked)
+            if isinstance(batch, Mapping) or not isinstance(batch, Sized) or len(batch) != len(checked):
+                raise ValueError(f"the scorer returned {batch!r:.80}: expected {len(checked)} lists of scores")
         else:
             batch = [scorer.score(query, texts) if texts else [] for query, texts in checked]
         return [
@@ -236,7 +238,7 @@ def _can_score(scorer: Any) -> bool:
 def checked_scores(scores: Sequence[float], passages: Sequence[object]) -> list[float]:
     """Scores as Python floats. A scorer that is not ours may return anything."""
     try:
-        if isinstance(scores, (str, bytes, Mapping)):
+        if isinstance(scores, (str, bytes, Mapping, Set)):
             raise TypeError(f"{type(scores).__name__} is no list of numbers")
         checked = [float(score) for score in scores]
     except (TypeError, ValueError, OverflowError) as error:

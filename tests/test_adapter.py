@@ -342,11 +342,24 @@ def test_numbers_of_numpy_are_numbers(adapter):
 
 
 @ADAPTERS
-@pytest.mark.parametrize("scores", [{0: 1.0, 1: 2.0}, "12", b"12", [10**400, 1], ["x", 1], [[1, 2], [3, 4]]])
+@pytest.mark.parametrize(
+    "scores", [{0: 1.0, 1: 2.0}, {1.0, 2.0}, "12", b"12", [10**400, 1], ["x", 1], [[1, 2], [3, 4]]]
+)
 def test_what_is_no_list_of_numbers_is_refused(adapter, scores):
-    """Keys of a dictionary were taken for scores, and so were the digits of a string."""
+    """Keys of a dictionary were taken for scores, and so were the digits of a string, and a set, which has no order."""
     with pytest.raises(ValueError, match="expected a list of numbers"):
         reranked(adapter(scorer=Returning(scores)), ["a", "b"])
+
+
+@pytest.mark.parametrize("batch", [None, 5, [[1.0]], [[1.0], [2.0], [3.0]], {0: [1.0], 1: [2.0]}])
+def test_a_batch_of_a_foreign_scorer_has_a_list_for_each_request(batch):
+    class Batching(NumberScorer):
+        def score_batch(self, requests):
+            return batch
+
+    documents = [Document("1")]
+    with pytest.raises(ValueError, match=r"the scorer returned .*: expected 2 lists of scores"):
+        langchain.BGERerank(scorer=Batching()).compress_documents_batch([(documents, "a"), (documents, "b")])
 
 
 @ADAPTERS
