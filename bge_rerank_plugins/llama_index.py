@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from contextvars import copy_context
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, Field, field_validator, model_validator
@@ -137,7 +139,12 @@ class BGERerank(AdapterSettings, BaseNodePostprocessor):
         bundles = by_place(requests, "(nodes, query)", _given)
         texts = by_place(bundles, "", lambda nodes, bundle: (_query(bundle), self._texts(nodes)))
         with ExitStack() as reports:
-            returned = [reports.enter_context(self._reported(nodes, bundle)) for nodes, bundle in bundles]
+            returned = []
+            for nodes, bundle in bundles:
+                # Each in a context of its own: LlamaIndex nests an event in the one that the context has open.
+                context, reported = copy_context(), self._reported(nodes, bundle)
+                returned.append(context.run(reported.__enter__))
+                reports.push(partial(context.run, reported.__exit__))  # type: ignore[call-arg]  # the stack gives them
             for (nodes, _), into, ranked in zip(bundles, returned, self._rank_batch(texts), strict=True):
                 into += self._copies(nodes, ranked)
         return returned

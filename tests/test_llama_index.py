@@ -506,6 +506,19 @@ def test_what_are_no_nodes_is_refused_by_its_place(given, message):
         reranker.postprocess_nodes_batch([([], None)])
 
 
+def test_the_requests_of_a_batch_are_reported_beside_each_other(nodes):
+    """Each was the parent of the next."""
+    debug = LlamaDebugHandler(print_trace_on_end=False)
+    manager = CallbackManager([debug])
+    reranker = BGERerank(scorer=LengthScorer(), callback_manager=manager)
+    with manager.event(CBEventType.QUERY):
+        reranker.postprocess_nodes_batch([(nodes, "a"), (nodes, "b")])
+        reranker.postprocess_nodes(nodes, query_str="c")
+    reranked = {start.id_ for start, _ in debug.get_event_pairs(CBEventType.RERANKING)}
+    assert len(reranked) == 3
+    assert reranked in [set(ids) for ids in manager.trace_map.values()]
+
+
 def test_a_retrieval_score_that_was_kept_is_scored_in_no_mode(nodes):
     for mode in MetadataMode:
         scorer = LengthScorer()
