@@ -192,6 +192,8 @@ def _given(
     for index, node in enumerate(listed):
         if not isinstance(node, NodeWithScore):
             raise ValueError(f"nodes[{index}]={node!r:.80}: expected a NodeWithScore, got {type(node).__name__}")
+    if query_bundle is not None and not isinstance(query_bundle, (str, QueryBundle)):
+        raise ValueError(f"query_bundle={query_bundle!r:.80}: expected a QueryBundle or a string")
     return listed, QueryBundle(query_bundle) if isinstance(query_bundle, str) else query_bundle
 
 

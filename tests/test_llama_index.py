@@ -506,6 +506,19 @@ def test_what_are_no_nodes_is_refused_by_its_place(given, message):
         reranker.postprocess_nodes_batch([([], None)])
 
 
+@pytest.mark.parametrize("query", [3, b"panda", {"query_str": "panda"}])
+async def test_what_is_no_query_is_refused_by_name(nodes, query):
+    reranker = BGERerank(scorer=LengthScorer())
+    message = f"query_bundle={query!r}: expected a QueryBundle or a string"
+    for given in (nodes, []):
+        with pytest.raises(ValueError, match=message):
+            reranker.postprocess_nodes(given, query)
+        with pytest.raises(ValueError, match=message):
+            await reranker.apostprocess_nodes(given, query)
+    with pytest.raises(ValueError, match=rf"requests\[0\]: {message}"):
+        reranker.postprocess_nodes_batch([(nodes, query)])
+
+
 def test_the_requests_of_a_batch_are_reported_beside_each_other(nodes):
     """Each was the parent of the next."""
     debug = LlamaDebugHandler(print_trace_on_end=False)
