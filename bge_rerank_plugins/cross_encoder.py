@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .ranking import check_cut, rank_scores
+from .texts import checked_texts
 
 if TYPE_CHECKING:
     from .scorer import Scorer
@@ -108,8 +109,10 @@ class ScorerCrossEncoder:
                 raise ValueError("inputs=None: give pairs, or both inputs1 and inputs2")
             pairs = list(zip(_texts(inputs1), _texts(inputs2), strict=True))
         else:
-            single = len(inputs) == 2 and all(isinstance(text, str) for text in inputs)
-            pairs = [tuple(pair) for pair in ([inputs] if single else inputs)]  # type: ignore[misc]
+            single = not isinstance(inputs, str) and len(inputs) == 2 and all(isinstance(text, str) for text in inputs)
+            rows: Iterable[Any] = [inputs] if single else inputs
+            # Rows of arrays are pairs as well. Strings are none, though tuples can be made of them.
+            pairs = [tuple(row) if isinstance(row, Iterable) and not isinstance(row, str) else row for row in rows]
         scores: Any = self.scorer.score_pairs(pairs)
         if activation_fn is not None or convert_to_tensor or not convert_to_numpy:
             import torch
@@ -161,10 +164,11 @@ class ScorerCrossEncoder:
             Dicts with "corpus_id", the place among the documents, "score", and "text" if asked for.
         """
         check_cut(top_k, None)
-        scores = self.predict([(query, document) for document in documents], activation_fn=activation_fn)
+        texts = checked_texts(query, documents)
+        scores = self.predict([(query, text) for text in texts], activation_fn=activation_fn)
         return [
             {"corpus_id": found.index, "score": found.score}
-            | ({"text": documents[found.index]} if return_documents else {})
+            | ({"text": texts[found.index]} if return_documents else {})
             for found in rank_scores([float(score) for score in scores], top_k)
         ]
 

@@ -66,6 +66,7 @@ def test_rank_returns_what_a_cross_encoder_does(model: ScorerCrossEncoder, their
     assert places.index(0) < places.index(3), "equal scores keep their order"
     assert model.rank(QUERY, PASSAGES, top_k=2) == [{k: f[k] for k in ("corpus_id", "score")} for f in ours[:2]]
     assert model.rank(QUERY, []) == []
+    assert model.rank(QUERY, iter(PASSAGES), return_documents=True) == ours
 
 
 def test_pairs_that_are_none_are_refused(model: ScorerCrossEncoder) -> None:
@@ -73,6 +74,11 @@ def test_pairs_that_are_none_are_refused(model: ScorerCrossEncoder) -> None:
         model.predict()
     with pytest.raises(ValueError, match=r"pairs\[0\]"):
         model.predict([("only",)])
+    for texts in (["ab", "cd", "ef"], ["ab"], "ab", [None]):  # letters were scored for pairs
+        with pytest.raises(ValueError, match=r"pairs\[0\].*expected \(query, passage\)"):
+            model.predict(texts)
+    with pytest.raises(ValueError, match=r"passages='abc': expected a list of strings"):
+        model.rank(QUERY, "abc")
     with pytest.raises(ValueError, match=r"top_n=-1"):
         model.rank(QUERY, PASSAGES, top_k=-1)
 
