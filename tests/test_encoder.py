@@ -159,6 +159,14 @@ def test_query_max_length_is_respected(encoder_dir: str) -> None:
     assert sequence.input_ids.index(2) - 1 == 3
 
 
+def test_a_query_longer_than_the_whole_pair_is_refused_also_where_the_checkpoint_gives_the_length(
+    encoder_dir: str,
+) -> None:
+    assert load(encoder_dir, query_max_length=512).max_length == 512
+    with pytest.raises(ValueError, match="query_max_length=513: longer than the whole pair, max_length=512"):
+        load(encoder_dir, query_max_length=513)
+
+
 def test_instructions_stand_before_the_texts(encoder_dir: str) -> None:
     plain, instructed = load(encoder_dir), load(encoder_dir, query_instruction="Find: ", passage_instruction="Text: ")
     assert instructed.encode("panda", ["hi"]) == plain.encode("Find: panda", ["Text: hi"])

@@ -95,6 +95,12 @@ def test_query_max_length_cuts_the_query_alone() -> None:
     assert sequence.input_ids[:8] == [*head, *reference.tokens("\n")[:1]]
 
 
+def test_a_query_longer_than_the_whole_pair_is_refused_also_where_the_checkpoint_gives_the_length() -> None:
+    assert prompt_for("decoder", query_max_length=1024).max_length == 1024
+    with pytest.raises(ValueError, match="query_max_length=1025: longer than the whole pair, max_length=1024"):
+        prompt_for("decoder", query_max_length=1025)
+
+
 def test_max_length_leaves_room_for_the_prompt_among_the_positions() -> None:
     prompt = prompt_for("decoder", positions=100)
     assert prompt.max_length == 100 - prompt.extra_tokens

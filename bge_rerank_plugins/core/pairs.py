@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from tokenizers import Tokenizer
 
-from .sequences import TokenSequence
+from .sequences import TokenSequence, longest_query
 from .windows import split_text
 
 if TYPE_CHECKING:
@@ -119,7 +119,8 @@ class PairEncoder:
         max_length: Longest pair in tokens.
 
     Raises:
-        ValueError: There is no room for text beside the special tokens; a template that does not hold query and passage.
+        ValueError: There is no room for text beside the special tokens; a query longer than the pair; a template that does not
+            hold query and passage.
     """
 
     def __init__(
@@ -136,7 +137,7 @@ class PairEncoder:
             raise ValueError(
                 f"max_length={max_length}: no room for text beside the {len(self._template)} special tokens of a pair"
             )
-        self._query_room = min(settings.query_max_length or max_length * 3 // 4, self._room)
+        self._query_room = longest_query(settings.query_max_length, max_length, self._room)
 
     def encode(self, query: str, passages: Sequence[str]) -> list[TokenSequence]:
         """The query cut to its longest and the template's special tokens, then the passage cut to what is left."""

@@ -10,7 +10,7 @@ import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from .sequences import TokenSequence, longest_pair
+from .sequences import TokenSequence, longest_pair, longest_query
 from .windows import split_text
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ class Prompt:
         answer_id: Id of the first token of "Yes".
 
     Raises:
-        ValueError: A `max_length` beyond the positions, or one that leaves no room.
+        ValueError: A `max_length` beyond the positions, or one that leaves no room; a query longer than the pair.
     """
 
     def __init__(self, checkpoint: Checkpoint, settings: RerankSettings, positions: int) -> None:
@@ -60,7 +60,7 @@ class Prompt:
         self._query_instruction = _or_default(settings.query_instruction, QUERY_INSTRUCTION)
         self._passage_instruction = _or_default(settings.passage_instruction, PASSAGE_INSTRUCTION)
         # Never the whole length: the first token and one of the passage stay.
-        self._query_room = min(settings.query_max_length or max_length * 3 // 4, max_length - 2)
+        self._query_room = longest_query(settings.query_max_length, max_length, max_length - 2)
         if tokenizer.bos_token_id is None and checkpoint.file("tokenizer_config.json") is None:
             raise ValueError(
                 f"model={checkpoint.model!r}: it has no tokenizer_config.json, which says what a text begins with"

@@ -61,3 +61,19 @@ def longest_pair(asked: int | None, positions: int, model: str) -> int:
     if asked > positions:
         raise ValueError(f"max_length={asked}: the positions of {model!r} allow at most {positions}")
     return asked
+
+
+def longest_query(asked: int | None, max_length: int, room: int) -> int:
+    """Longest query in tokens.
+
+    Args:
+        asked: The user's `query_max_length`, or None for the default: 3/4 of the pair.
+        max_length: Longest pair in tokens, which the checkpoint may have given.
+        room: Tokens that special tokens, and what a passage needs at least, leave of it.
+
+    Raises:
+        ValueError: More is asked for than the whole pair has.
+    """
+    if asked is not None and asked > max_length:
+        raise ValueError(f"query_max_length={asked}: longer than the whole pair, max_length={max_length}")
+    return min(asked or max_length * 3 // 4, room)
