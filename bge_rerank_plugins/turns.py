@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from concurrent.futures import Future, ThreadPoolExecutor
 
+CLOSED = "the scorer was closed before this request was tokenised"
+
 RETURNED_AT_ONCE = 16
 """Results that go back to the loop together; more would keep the device waiting for the first."""
 
@@ -45,14 +47,13 @@ class Turns:
         waiting, self._waiting = self._waiting, []
         try:
             job = self.thread.submit(_do, loop, waiting)
-        except RuntimeError as error:  # the thread has been shut down
-            _deliver([(future, None, error) for _, future in waiting])
+        except RuntimeError:  # the thread has been shut down
+            _deliver([(future, None, RuntimeError(CLOSED)) for _, future in waiting])
             return
 
         def fail_if_dropped(job: Future[None]) -> None:
             if job.cancelled():
-                error = RuntimeError("the scorer was closed before this request was tokenised")
-                _give_back(loop, [(future, None, error) for _, future in waiting])
+                _give_back(loop, [(future, None, RuntimeError(CLOSED)) for _, future in waiting])
 
         job.add_done_callback(fail_if_dropped)
 

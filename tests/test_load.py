@@ -482,6 +482,19 @@ def test_closing_while_calls_wait_for_the_tokenizer_tells_every_one_of_them() ->
     assert all(isinstance(each, RuntimeError) for each in asyncio.run(closed_meanwhile()))
 
 
+def test_a_call_that_comes_after_the_tokenizer_has_stopped_is_told_that_the_scorer_is_closed() -> None:
+    """It was told of futures that cannot be scheduled."""
+    from bge_rerank_plugins.turns import Turns
+
+    async def late() -> None:
+        thread = ThreadPoolExecutor(1)
+        thread.shutdown()
+        await Turns(thread).run(str)
+
+    with pytest.raises(RuntimeError, match="the scorer was closed before this request was tokenised"):
+        asyncio.run(late())
+
+
 # The soak test
 
 
