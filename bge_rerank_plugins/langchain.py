@@ -179,7 +179,7 @@ class BGERerank(AdapterSettings, BaseDocumentCompressor):
             >>> reranker.rerank(["hi", "Pandas eat bamboo."], "what do pandas eat?", top_n=1)  # doctest: +SKIP
             [{'index': 1, 'relevance_score': 3.1}]
         """
-        return _results(self._rank(query, _texts(_listed(documents), (Document, str)), self._top_n_or(top_n)))
+        return _results(self._rank(query, _texts(_listed(documents), Document, str), self._top_n_or(top_n)))
 
     async def arerank(
         self, documents: Sequence[Document | str], query: str, *, top_n: int | EllipsisType | None = ...
@@ -197,7 +197,7 @@ class BGERerank(AdapterSettings, BaseDocumentCompressor):
         Raises:
             ValueError: `top_n` is negative, the query is not a string, or something is neither document nor string.
         """
-        return _results(await self._arank(query, _texts(_listed(documents), (Document, str)), self._top_n_or(top_n)))
+        return _results(await self._arank(query, _texts(_listed(documents), Document, str), self._top_n_or(top_n)))
 
     def _top_n_or(self, top_n: int | EllipsisType | None) -> int | None:
         return self.top_n if isinstance(top_n, EllipsisType) else top_n
@@ -292,10 +292,13 @@ def _listed(documents: Iterable[Any]) -> list[Any]:
     return list(documents)
 
 
-def _texts(documents: list[Any], accepted: type | tuple[type, ...]) -> list[str]:
+def _texts(documents: list[Any], *accepted: type) -> list[str]:
     for index, document in enumerate(documents):
         if not isinstance(document, accepted):
-            raise ValueError(f"documents[{index}]={document!r:.80}: expected a Document, got {type(document).__name__}")
+            expected = " or a ".join(kind.__name__ for kind in accepted)
+            raise ValueError(
+                f"documents[{index}]={document!r:.80}: expected a {expected}, got {type(document).__name__}"
+            )
     return [document if isinstance(document, str) else document.page_content for document in documents]
 
 
