@@ -267,12 +267,11 @@ class BGECrossEncoder(ScorerSettings, BaseCrossEncoder):
             [-8.1875]
         """
         requests = requests_of_pairs(text_pairs)
-        pairs = [(query, passage) for query, passages in requests for passage in passages]
         scorer = self._active_scorer()
         if hasattr(scorer, "score_pairs"):
+            pairs = [(query, passage) for query, passages in requests for passage in passages]
             return checked_scores(scorer.score_pairs(pairs), pairs)
-        scores = [score for query, passages in requests for score in scorer.score(query, passages)]
-        return checked_scores(scores, pairs)
+        return [score for query, texts in requests for score in checked_scores(scorer.score(query, texts), texts)]
 
 
 def _ambient(callbacks: Callbacks) -> Callbacks:

@@ -362,6 +362,21 @@ def test_a_batch_of_a_foreign_scorer_has_a_list_for_each_request(batch):
         langchain.BGERerank(scorer=Batching()).compress_documents_batch([(documents, "a"), (documents, "b")])
 
 
+@pytest.mark.parametrize(
+    ("scores", "message"),
+    [(iter([[1.0], [2.0, 3.0]]), "returned 1 scores for 2 passages"), (iter([None]), "returned None: expected a list")],
+)
+def test_a_cross_encoder_checks_each_querys_scores(scores, message):
+    """A score too few for one query and one too many for the next moved scores from pair to pair."""
+
+    class Next:
+        def score(self, query, passages):
+            return next(scores)
+
+    with pytest.raises(ValueError, match=message):
+        langchain.BGECrossEncoder(scorer=Next()).score([("a", "x"), ("a", "y"), ("b", "z")])
+
+
 @ADAPTERS
 def test_a_scorer_of_pairs_is_refused_at_construction(adapter):
     with pytest.raises(ValueError, match=r"expected an object with a method score\(query, passages\)"):
