@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -110,6 +110,7 @@ def _rerank(arguments: argparse.Namespace) -> None:
         _progress_bar(progress) as advance,
     ):
         load = cache(scorer.warmup)  # before the first line that needs it: a model that fails is not the line's fault
+        empty = cache(partial(_empty, sink))  # not before there is something to put in the place of what a file holds
 
         def submit(line: Line) -> tuple[Line, Future[list[RankedPassage]]]:
             query, passages = line.record["query"], line.record["passages"]
@@ -123,9 +124,11 @@ def _rerank(arguments: argparse.Namespace) -> None:
                 ranked = [passage._asdict() for passage in ranking.result()]
             except (ValueError, RuntimeError) as error:
                 raise InputError(f"{line.place}: {error}") from error
+            empty()
             sink.write(json_line({**line.record, "ranking": ranked}))
             sink.flush()
             advance()
+        empty()
 
 
 def _add_info(parser: argparse.ArgumentParser) -> None:
@@ -341,7 +344,7 @@ def _opened(file: str, output: str | None) -> Iterator[tuple[BinaryIO, BinaryIO]
     try:
         if output is not None and _is_same_file(source, Path(output)):
             raise InputError(f"--output {output}: that is the input, which would be lost")
-        sink = sys.stdout.buffer if output is None else Path(output).open("wb")  # noqa: SIM115
+        sink = sys.stdout.buffer if output is None else open(output, "wb", opener=_open_as_it_is)  # noqa: SIM115
         try:
             yield source, sink
         finally:
@@ -352,15 +355,25 @@ def _opened(file: str, output: str | None) -> Iterator[tuple[BinaryIO, BinaryIO]
             source.close()
 
 
+def _open_as_it_is(path: str, flags: int) -> int:
+    """Opens a file to write to, and leaves what it holds for now."""
+    return os.open(path, flags & ~os.O_TRUNC, 0o666)
+
+
+def _empty(sink: BinaryIO) -> None:
+    if sink is not sys.stdout.buffer and _is_regular(sink):
+        sink.truncate(0)
+
+
 def _is_same_file(source: BinaryIO, path: Path) -> bool:
     """Whether a regular file is read and would be written, by whatever names."""
     return path.is_file() and _is_regular(source) and os.path.samestat(os.fstat(source.fileno()), path.stat())
 
 
-def _is_regular(source: BinaryIO) -> bool:
-    """Whether reading never waits for somebody to write."""
+def _is_regular(stream: BinaryIO) -> bool:
+    """Whether it is a file on a disk: reading never waits for somebody to write, and what was written can be taken back."""
     try:
-        return stat.S_ISREG(os.fstat(source.fileno()).st_mode)
+        return stat.S_ISREG(os.fstat(stream.fileno()).st_mode)
     except OSError:  # not a file of the operating system
         return False
 

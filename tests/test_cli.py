@@ -274,6 +274,40 @@ def test_the_input_is_never_overwritten(tmp_path: Path) -> None:
     assert source.read_bytes() == GOOD
 
 
+@pytest.mark.parametrize(
+    ("argv", "lines"),
+    [(["--model", "./nowhere"], GOOD), (["--max-length", "9999"], GOOD), ([], b"no JSON"), (["nowhere.jsonl"], b"")],
+)
+def test_what_the_output_held_stays_until_there_is_a_line_to_write(
+    argv: list[str], lines: bytes, tmp_path: Path
+) -> None:
+    target = tmp_path / "out.jsonl"
+    target.write_text("precious\n")
+
+    assert rerank("--output", str(target), *argv, stdin=lines).status == 2
+    assert target.read_text() == "precious\n"
+
+
+@pytest.mark.parametrize(("lines", "written"), [(b"", 0), (GOOD, 1), (GOOD + b"\nno JSON", 1)])
+def test_nothing_of_what_the_output_held_is_left_behind_a_line(lines: bytes, written: int, tmp_path: Path) -> None:
+    target = tmp_path / "out.jsonl"
+    target.write_text("old\n" * 1000)
+
+    rerank("--output", str(target), stdin=lines)
+
+    assert [json.loads(line)["query"] for line in target.read_text().splitlines()] == [QUERY] * written
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no named pipes in folders")
+def test_the_output_may_be_a_pipe(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with process("rerank", "--model", ENCODER, "--output", str(tmp_path / "pipe")) as running:
+        running.stdin.write(GOOD)  # type: ignore[union-attr]
+        running.stdin.close()  # type: ignore[union-attr]
+        assert json.loads((tmp_path / "pipe").read_text())["query"] == QUERY
+        assert running.wait() == 0
+
+
 def test_no_passages_no_model() -> None:
     result = bge_rerank("rerank", "--model", "./nowhere", stdin=b'{"query": "a", "passages": []}')
 
