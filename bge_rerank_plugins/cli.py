@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import stat
 import sys
 import textwrap
@@ -303,6 +304,7 @@ def _parser() -> argparse.ArgumentParser:
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, command in COMMANDS.items():
         subparser = subparsers.add_parser(name, help=command.summary, description=command.summary, allow_abbrev=False)
+        subparser._negative_number_matcher = re.compile(r"-\.?\d")  # as from Python 3.14 on, for -1e-3
         command.add_arguments(subparser)
     return parser
 

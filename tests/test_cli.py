@@ -120,6 +120,13 @@ def test_a_threshold_leaves_out_what_scores_less() -> None:
     assert [found["score"] for found in ranking] == pytest.approx(all_scores[:2], abs=1e-5)
 
 
+@pytest.mark.parametrize("number", ["-1e-3", "-1E3", "-.5", "-.5e1", "-2"])
+def test_a_negative_number_is_no_flag(number: str) -> None:
+    result = rerank("--score-threshold", number, "--top-n", "1")
+
+    assert (result.status, result.err) == (0, "")
+
+
 json_values = st.recursive(
     st.none()
     | st.booleans()
