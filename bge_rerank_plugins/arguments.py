@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from types import NoneType
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
@@ -14,13 +14,21 @@ from .settings import RerankSettings
 _Model = TypeVar("_Model", bound=BaseModel)
 
 
-def add_settings(parser: argparse.ArgumentParser, default_model: str | None = None) -> None:
-    """Adds a flag for every option of `RerankSettings`; one for the model only where it has a default."""
+def add_settings(
+    parser: argparse.ArgumentParser, default_model: str | None = None, *, without: Collection[str] = ()
+) -> None:
+    """Adds a flag for every option of `RerankSettings`; one for the model only where it has a default.
+
+    Args:
+        parser: The command's parser.
+        default_model: The model that is used unless another is named.
+        without: Options that change nothing in this command; who gives one is told.
+    """
     group = parser.add_argument_group("model and scoring")
     if default_model is not None:
         description = RerankSettings.model_fields["model"].description
         group.add_argument("--model", default=default_model, help=f"{description} (default: {default_model})")
-    add_fields(group, RerankSettings, [name for name in RerankSettings.model_fields if name != "model"])
+    add_fields(group, RerankSettings, [name for name in RerankSettings.model_fields if name not in {"model", *without}])
 
 
 def add_fields(

@@ -40,6 +40,16 @@ BAD_INPUT = 2
 INTERRUPTED = 130
 BROKEN_PIPE = 141
 
+UNUSED = {
+    "layers": ("cutoff_layer", "normalize"),
+    "verify": ("normalize",),
+    "export-onnx": (
+        *("device", "dtype", "prompt", "cutoff_layer", "normalize", "long_passages"),
+        *("max_batch_tokens", "max_queued_tokens", "when_full", "show_progress"),
+    ),
+}
+"""Options of the scorer that would change nothing in a command, which does not take them. `info` checks them all."""
+
 LINES_AHEAD = 8
 """Lines of a regular file that are scored at once, so that a GPU need not wait for the next. A pipe's are taken singly."""
 
@@ -188,7 +198,7 @@ def _add_layers(parser: argparse.ArgumentParser) -> None:
         "--data", required=True, metavar="FILE", help="JSON lines of queries and passages, as for rerank"
     )
     parser.add_argument("--plot", metavar="FILE", help="write a PNG picture of the table there")
-    add_settings(parser)
+    add_settings(parser, without=UNUSED["layers"])
 
 
 def _layers(arguments: argparse.Namespace) -> None:
@@ -227,7 +237,7 @@ def _layers(arguments: argparse.Namespace) -> None:
 def _add_verify(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help=RerankSettings.model_fields["model"].description)
     parser.add_argument("--card", metavar="ID", help="hub id of the model card to compare with (default: MODEL)")
-    add_settings(parser)
+    add_settings(parser, without=UNUSED["verify"])
 
 
 def _verify(arguments: argparse.Namespace) -> None:
@@ -262,7 +272,7 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help=RerankSettings.model_fields["model"].description)
     parser.add_argument("directory", metavar="DIR", type=Path, help="where to write it; must be empty or new")
     parser.add_argument("--int8", action="store_true", help="write a graph with 8-bit weights, too")
-    add_settings(parser)
+    add_settings(parser, without=UNUSED["export-onnx"])
 
 
 def _export(arguments: argparse.Namespace) -> None:

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
 from bge_rerank_plugins import RerankSettings, Scorer, __version__
-from bge_rerank_plugins.cli import COMMANDS, LINES_AHEAD, main
+from bge_rerank_plugins.cli import COMMANDS, LINES_AHEAD, UNUSED, main
 from bge_rerank_plugins.finetune import FinetuneSettings, MineSettings
 
 DATA = Path(__file__).parent / "data"
@@ -418,8 +418,25 @@ def test_every_option_is_a_flag_with_its_description(command: str, monkeypatch: 
     assert ("MODEL" in shown) == ("model" in settings.model_fields)  # a flag, or the argument of the command
     for name, field in settings.model_fields.items():
         if name != "model":
-            assert str(field.description) in shown
-            assert f"--{name.replace('_', '-')}" in shown
+            used = name not in UNUSED.get(command, ())
+            assert (str(field.description) in shown) == used
+            assert (f"  --{name.replace('_', '-')}" in shown) == used
+
+
+@pytest.mark.parametrize(
+    ("command", "flag"),
+    [
+        (["export-onnx", ENCODER, "made"], "--dtype=bfloat16"),
+        (["export-onnx", ENCODER, "made"], "--normalize"),
+        (["layers", str(DATA / "layerwise"), "--data", "lines"], "--cutoff-layer=5"),
+        (["verify", "BAAI/bge-reranker-v2-m3"], "--normalize"),
+    ],
+)
+def test_an_option_that_would_change_nothing_is_refused_by_name(command: list[str], flag: str) -> None:
+    result = bge_rerank(*command, flag)
+
+    assert result.status == 2
+    assert f"unrecognized arguments: {flag}" in result.err
 
 
 @pytest.mark.parametrize("argv", [[], ["nothing"], ["rerank", "--dtype", "int8"], ["rerank", "--norm"], ["info"]])
