@@ -65,6 +65,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = _parser().parse_args(argv)
     try:
+        if sys.stdout is None:
+            raise InputError("standard output is closed")
         COMMANDS[arguments.command].run(arguments)
         sys.stdout.flush()
     except KeyboardInterrupt:
@@ -352,6 +354,8 @@ def _lookahead(
 @contextmanager
 def _opened(file: str, output: str | None) -> Iterator[tuple[BinaryIO, BinaryIO]]:
     """The input and the output, as bytes: both are UTF-8 whatever the terminal's encoding."""
+    if file == "-" and sys.stdin is None:
+        raise InputError("standard input is closed")
     source = sys.stdin.buffer if file == "-" else Path(file).open("rb")  # noqa: SIM115
     try:
         if output is not None and _is_same_file(source, Path(output)):

@@ -226,7 +226,12 @@ def _console() -> Console:
         raise ImportError(f"the demo needs rich: {_CURE}") from error
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a docstring may hold what the terminal's encoding lacks
-    return Console(highlight=False, markup=False, emoji=False)
+
+    class Lines(Console):
+        def on_broken_pipe(self) -> None:
+            raise  # again what was caught; rich would end the process with status 1
+
+    return Lines(highlight=False, markup=False, emoji=False)
 
 
 def _print_rankings(console: Console, found: Sequence[Candidate], reranked: Sequence[Candidate]) -> None:

@@ -353,6 +353,16 @@ def test_an_interrupt_ends_it_without_a_traceback() -> None:
         assert (running.wait(), running.stderr.read()) == (130, b"")
 
 
+@pytest.mark.parametrize("stream", ["stdin", "stdout"])
+def test_a_closed_stream_is_named(
+    stream: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, stream, None)  # as Python has it after <&- or >&-
+
+    assert main(["rerank", "--model", ENCODER]) == 2
+    assert capfd.readouterr().err == f"bge-rerank: standard {stream[3:]}put is closed\n"
+
+
 # info
 
 

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from test_cli import process
 
 from bge_rerank_plugins.cli import main
 from bge_rerank_plugins.demo import FRAMEWORKS, PUBLISHED_MODEL, QUERIES, Index
@@ -146,6 +147,15 @@ def test_the_embedded_model_puts_the_answers_higher_than_bm25_did(demo) -> None:
         before += max((1 / int(row[0]) for row in ranking if row[1] in answers), default=0)
         after += max((1 / int(row[0]) for row in ranking if row[3] in answers), default=0)
     assert after > before + 0.5
+
+
+def test_a_reader_that_has_seen_enough_ends_it_silently() -> None:
+    with process("demo", "--model", ENCODER) as running:
+        assert running.stdout is not None
+        assert running.stderr is not None
+        assert running.stdout.readline()
+        running.stdout.close()
+        assert (running.wait(), running.stderr.read()) == (141, b"")
 
 
 def test_the_embedded_model_is_said_to_be_for_demos(demo) -> None:
