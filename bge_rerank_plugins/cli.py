@@ -7,6 +7,7 @@ imported when a command needs it, never for `--help`.
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import re
 import stat
@@ -205,6 +206,8 @@ def _add_layers(parser: argparse.ArgumentParser) -> None:
 
 def _layers(arguments: argparse.Namespace) -> None:
     settings = settings_of(arguments)
+    if arguments.plot is not None and not Path(arguments.plot).resolve().parent.is_dir():  # before what takes time
+        raise InputError(f"--plot {arguments.plot}: there is no such directory")
     from .core.checkpoint import Checkpoint
     from .core.families import family_of
     from .core.layerwise import layers_of
@@ -224,7 +227,7 @@ def _layers(arguments: argparse.Namespace) -> None:
         [
             (
                 str(report.layer),
-                f"{report.tau:.3f}",
+                "-" if math.isnan(report.tau) else f"{report.tau:.3f}",
                 f"{report.overlap:.3f}",
                 f"{report.milliseconds:.2f}",
                 f"{report.milliseconds / reports[-1].milliseconds:.0%}",
@@ -232,6 +235,8 @@ def _layers(arguments: argparse.Namespace) -> None:
             for report in reports
         ],
     )
+    if any(math.isnan(report.tau) for report in reports):
+        sys.stdout.write("-: all scores of that layer, or of the top one, are equal; there is no order to compare\n")
     if arguments.plot is not None:
         plot_layers(reports, arguments.plot)
 

@@ -32,11 +32,23 @@ def test_layers_prints_a_row_for_every_layer_and_draws_them(
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 
+def test_layers_that_order_nothing_say_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "data.jsonl").write_text('{"query": "panda", "passages": ["bear", "bear"]}\n')
+    assert main(["layers", str(DATA / "layerwise"), "--data", str(tmp_path / "data.jsonl")]) == 0
+    *_, last, note = capsys.readouterr().out.splitlines()
+    assert last.split()[:3] == ["11", "-", "1.000"]
+    assert note.startswith("-: all scores of that layer, or of the top one, are equal")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["layers", str(DATA / "encoder"), "--data", "DATA"], "not a layerwise checkpoint"),
         (["layers", str(DATA / "layerwise"), "--data", "/no/such/file"], "/no/such/file"),
+        (
+            ["layers", str(DATA / "layerwise"), "--data", "/no/such/file", "--plot", "/no/such/x.png"],
+            "no such directory",
+        ),
         (["verify", "BAAI/bge-reranker-base"], "no published scores are known, only for BAAI/bge-reranker-v2-m3"),
         (["verify", "BAAI/bge-reranker-v2-m3", "--local-files-only"], "nothing was verified, the model cannot be had"),
         (["verify", "/no/such/dir", "--card", "BAAI/bge-reranker-v2-m3"], "no such directory"),
