@@ -365,7 +365,7 @@ def _opened(file: str, output: str | None) -> Iterator[tuple[BinaryIO, BinaryIO]
     try:
         if output is not None and _is_same_file(source, Path(output)):
             raise InputError(f"--output {output}: that is the input, which would be lost")
-        sink = sys.stdout.buffer if output is None else open(output, "wb", opener=_open_as_it_is)  # noqa: SIM115
+        sink = sys.stdout.buffer if output is None else open(Path(output), "wb", opener=_open_as_it_is)  # noqa: SIM115
         try:
             yield source, sink
         finally:

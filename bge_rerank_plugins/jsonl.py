@@ -135,7 +135,7 @@ def _check_key(record: dict[str, Any], key: str) -> None:
 
 def _record(raw: bytes) -> dict[str, Any]:
     try:
-        record = json.loads(raw.decode(), parse_constant=_no_constant, parse_float=_finite)
+        record = json.loads(raw.decode(), parse_constant=_no_constant, parse_float=_finite, parse_int=_readable)
     except UnicodeDecodeError as error:
         raise ValueError(f"not UTF-8: {error.reason} at byte {error.start + 1}") from error
     except json.JSONDecodeError as error:
@@ -164,6 +164,13 @@ def json_kind(value: object) -> str:
 
 def _no_constant(text: str) -> float:
     raise ValueError(f"not JSON: {text}")
+
+
+def _readable(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError as error:
+        raise ValueError(f"an integer of {len(text):,} digits is too long") from error
 
 
 def _finite(text: str) -> float:

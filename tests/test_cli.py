@@ -194,6 +194,10 @@ MALFORMED = {
     "two objects": (b'{"query": "a", "passages": []} {}', "not JSON: Extra data at column 32"),
     "a constant": (b'{"query": "a", "passages": [], "x": NaN}', "not JSON: NaN"),
     "a huge number": (b'{"query": "a", "passages": [], "x": 1e999}', "1e999 is beyond a 64-bit float"),
+    "a long integer": (
+        b'{"query": "a", "passages": [], "x": %s}' % (b"1" * 5000),
+        "an integer of 5,000 digits is too long",
+    ),
     "nested too deeply": (b"[" * 200_000, "nested too deeply"),
     "an array": (b'["a", ["b"]]', "expected an object, got an array"),
     "no query": (b'{"passages": ["b"]}', 'no "query"'),
