@@ -409,11 +409,13 @@ class Scorer:
         call.cancel()
         if call.truncated and not self._warned:
             self._warned = True
+            splits = self._settings.long_passages == "split"  # all but what the query leaves no room
             logger.warning(
                 "%d of this call's passages were cut to fit max_length=%d tokens together with the query; "
-                "long_passages='split' scores them whole (said once per scorer; scorer.stats() goes on counting)",
+                "%s (said once per scorer)",
                 call.truncated,
                 family.max_length,
+                "a smaller query_max_length leaves them room" if splits else "long_passages='split' scores them whole",
             )
 
     def _normalized(self, scores: list[float]) -> list[float]:

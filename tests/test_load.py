@@ -324,6 +324,24 @@ def test_truncation_is_warned_of_once_with_the_count(encoder_dir: str, caplog: p
     assert [record.getMessage().split(" were cut")[0] for record in caplog.records] == ["2 of this call's passages"]
 
 
+@pytest.mark.parametrize(
+    ("options", "advice"),
+    [
+        ({}, "long_passages='split' scores them whole"),
+        ({"long_passages": "split", "query_max_length": 20}, "a smaller query_max_length leaves them room"),
+    ],
+)
+def test_the_advice_is_not_what_is_done_already(
+    options: dict[str, object], advice: str, encoder_dir: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with (
+        Scorer(encoder_dir, max_length=20, **options) as scorer,  # type: ignore[arg-type]
+        caplog.at_level(logging.WARNING, "bge_rerank_plugins"),
+    ):
+        scorer.score("panda " * 30, ["bear " * 50])
+    assert [record.getMessage().split("; ")[1] for record in caplog.records] == [f"{advice} (said once per scorer)"]
+
+
 # Long passages
 
 
