@@ -38,6 +38,7 @@ _P = ParamSpec("_P")
 _T = TypeVar("_T")
 _CURE = 'pip install "bge-rerank-plugins[demo]"'
 _NARROWEST = 60
+"""Columns of a terminal that both rankings need; on fewer, only the reranked one is shown."""
 
 
 class Candidate(NamedTuple):
@@ -102,7 +103,7 @@ def run(queries: Sequence[str], settings: RerankSettings, framework: str, *, can
             reranked, reranking = _timed(rerank, query, found)
             _print_rankings(console, found[:top_n], reranked)
             console.print(f"BM25 found {len(found)} in {searching}, reranked in {reranking}.")
-            console.print(_summary(reranked[0].docstring, 2 * console.width))
+            console.print(_summary(reranked[0].docstring, 2 * max(console.width, _NARROWEST)))
     console.print()
     if settings.model == "embedded":
         console.print(
@@ -235,28 +236,33 @@ def _console() -> Console:
 
 
 def _print_rankings(console: Console, found: Sequence[Candidate], reranked: Sequence[Candidate]) -> None:
-    """Both rankings side by side. `was`: the place that BM25 gave."""
+    """Both rankings side by side, where there is room. `was`: the place that BM25 gave."""
     from rich import box
     from rich.table import Table
 
+    titles = ["", "BM25", "score", "reranked", "score ", "was"]
+    if console.width < _NARROWEST:
+        titles = ["", "reranked", "score ", "was"]
     numbers = {"": 2, "score": 5, "score ": 6, "was": 3}
-    gaps = 2 * 5
-    name_width = (max(console.width, _NARROWEST) - sum(numbers.values()) - gaps) // 2
+    gaps = 2 * (len(titles) - 1)
+    room = console.width - gaps - sum(numbers.get(title, 0) for title in titles)
+    name_width = max(8, room // sum(title not in numbers for title in titles))
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
-    for title in ("", "BM25", "score", "reranked", "score ", "was"):
+    for title in titles:
         if title in numbers:
             table.add_column(title.strip(), width=numbers[title], justify="right", no_wrap=True)
         else:
             table.add_column(title, width=name_width, no_wrap=True)
     for rank, (before, after) in enumerate(zip(found, reranked, strict=False), start=1):
-        table.add_row(
-            str(rank),
-            _cut(before.docstring.name, name_width),
-            f"{before.score:.1f}",
-            _cut(after.docstring.name, name_width),
-            f"{after.score:.2f}",
-            str(after.place + 1),
-        )
+        cells = {
+            "": str(rank),
+            "BM25": _cut(before.docstring.name, name_width),
+            "score": f"{before.score:.1f}",
+            "reranked": _cut(after.docstring.name, name_width),
+            "score ": f"{after.score:.2f}",
+            "was": str(after.place + 1),
+        }
+        table.add_row(*(cells[title] for title in titles))
     console.print(table)
 
 

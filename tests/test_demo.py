@@ -41,6 +41,16 @@ def test_it_fits_80_columns_with_no_colours_in_a_pipe(demo) -> None:
     assert "ndler.handle_one_request" in printed, "the end of a name tells more than its beginning"
 
 
+def test_a_narrow_terminal_gets_the_reranked_side_whole(demo, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    printed = demo("--model", ENCODER, "--query", "handle a single HTTP request", "--top-n", "3")
+
+    assert max(len(line.rstrip()) for line in printed.splitlines()) <= 40
+    assert "…" not in printed, "a column is too narrow for what it holds"
+    for rank, (place, _, score, was) in enumerate(rows(printed), start=1):
+        assert (int(place), float(score) < 0, int(was) > 0) == (rank, True, True)
+
+
 def test_it_shows_both_rankings_best_first_and_where_each_was(demo) -> None:
     ranking = rows(demo("--model", ENCODER, "--query", QUERY, "--candidates", "20", "--top-n", "7"))
 
