@@ -206,8 +206,10 @@ def _add_layers(parser: argparse.ArgumentParser) -> None:
 
 def _layers(arguments: argparse.Namespace) -> None:
     settings = settings_of(arguments)
-    if arguments.plot is not None and not Path(arguments.plot).resolve().parent.is_dir():  # before what takes time
-        raise InputError(f"--plot {arguments.plot}: there is no such directory")
+    if arguments.plot is not None:  # before what takes time
+        plot = Path(arguments.plot)
+        if plot.is_dir() or not plot.resolve().parent.is_dir():
+            raise InputError(f"--plot {plot}: {'that is a' if plot.is_dir() else 'there is no such'} directory")
     from .core.checkpoint import Checkpoint
     from .core.families import family_of
     from .core.layerwise import layers_of

@@ -10,6 +10,7 @@ import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from .ranking import rank_scores
 from .scorer import Scorer
@@ -101,7 +102,7 @@ def plot_layers(reports: Sequence[LayerReport], path: str) -> None:
     lines = [*agreement.get_lines(), *cost.get_lines()]
     labels = [str(line.get_label()) for line in lines]
     figure.legend(lines, labels, loc="outside upper center", ncols=len(lines), frameon=False)  # covers no curve
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=120, format=Path(path).suffix[1:] or "png")  # else matplotlib writes to x.png for x
 
 
 def _overlap(scores: list[float], top_scores: list[float]) -> float:
