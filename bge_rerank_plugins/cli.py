@@ -107,7 +107,7 @@ def _add_rerank(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help='JSON lines, each {"query": "...", "passages": ["...", ...]} with any other keys; - or nothing for standard input',
     )
-    parser.add_argument("--output", metavar="FILE", help="write there instead of to standard output")
+    parser.add_argument("--output", default="-", metavar="FILE", help="write there; - or nothing for standard output")
     add_fields(parser, AdapterSettings, ["top_n", "score_threshold"])
     add_settings(parser, default_model=PUBLISHED_MODEL)
 
@@ -220,7 +220,7 @@ def _layers(arguments: argparse.Namespace) -> None:
         raise InputError(
             f"model={settings.model!r}: not a layerwise checkpoint, it has one score and no layer to choose"
         )
-    with _opened(arguments.data, None) as (source, _):
+    with _opened(arguments.data, "-") as (source, _):
         requests = [(line.record["query"], line.record["passages"]) for line in _requests(source, arguments.data)]
     with Scorer.from_settings(settings) as scorer:
         reports = compare_layers(scorer, requests, layers_of(checkpoint))
@@ -359,19 +359,19 @@ def _lookahead(
 
 
 @contextmanager
-def _opened(file: str, output: str | None) -> Iterator[tuple[BinaryIO, BinaryIO]]:
+def _opened(file: str, output: str) -> Iterator[tuple[BinaryIO, BinaryIO]]:
     """The input and the output, as bytes: both are UTF-8 whatever the terminal's encoding."""
     if file == "-" and sys.stdin is None:
         raise InputError("standard input is closed")
     source = sys.stdin.buffer if file == "-" else Path(file).open("rb")  # noqa: SIM115
     try:
-        if output is not None and _is_same_file(source, Path(output)):
-            raise InputError(f"--output {output}: that is the input, which would be lost")
-        sink = sys.stdout.buffer if output is None else open(Path(output), "wb", opener=_open_as_it_is)  # noqa: SIM115
+        sink = sys.stdout.buffer if output == "-" else open(Path(output), "wb", opener=_open_as_it_is)  # noqa: SIM115
         try:
+            if _is_regular(source) and _is_regular(sink) and os.path.sameopenfile(source.fileno(), sink.fileno()):
+                raise InputError(f"--output {output}: that is the input, which would be lost")
             yield source, sink
         finally:
-            if output is not None:
+            if output != "-":
                 sink.close()
     finally:
         if file != "-":
@@ -386,11 +386,6 @@ def _open_as_it_is(path: str, flags: int) -> int:
 def _empty(sink: BinaryIO) -> None:
     if sink is not sys.stdout.buffer and _is_regular(sink):
         sink.truncate(0)
-
-
-def _is_same_file(source: BinaryIO, path: Path) -> bool:
-    """Whether a regular file is read and would be written, by whatever names."""
-    return path.is_file() and _is_regular(source) and os.path.samestat(os.fstat(source.fileno()), path.stat())
 
 
 def _is_regular(stream: BinaryIO) -> bool:

@@ -189,6 +189,13 @@ def test_a_line_is_out_before_the_next_one_is_read() -> None:
         assert running.wait() == 0
 
 
+def test_a_dash_is_standard_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    assert len(rerank("--output", "-", stdin=GOOD).records) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
 MALFORMED = {
     "not JSON": (b'{"query": "a", "passages": ["b"]', "not JSON: Expecting ',' delimiter at column 33"),
     "two objects": (b'{"query": "a", "passages": []} {}', "not JSON: Extra data at column 32"),
@@ -481,12 +488,24 @@ def test_python_m_runs_the_command() -> None:
         assert running.communicate() == (f"bge-rerank {__version__}\n".encode(), b"")
 
 
-def test_standard_input_is_not_overwritten_either(tmp_path: Path) -> None:
+@pytest.mark.parametrize("output", ["lines.jsonl", "-"])
+def test_standard_input_is_not_overwritten_either(output: str, tmp_path: Path) -> None:
+    """Appended to, a file of more lines than are scored at once grew without end."""
     path = tmp_path / "lines.jsonl"
     path.write_text('{"query": "a", "passages": []}\n')
-    with path.open("rb") as source:
-        command = [sys.executable, "-m", "bge_rerank_plugins", "rerank", "--output", str(path)]
-        done = subprocess.run(command, stdin=source, capture_output=True, text=True, check=False)
+    with path.open("rb") as source, path.open("ab") as sink:
+        command = [sys.executable, "-m", "bge_rerank_plugins", "rerank", "--output", output]
+        done = subprocess.run(
+            command,
+            stdin=source,
+            stdout=sink,
+            stderr=subprocess.PIPE,
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(DATA.parents[1])},
+            text=True,
+            timeout=60,
+            check=False,
+        )
     assert done.returncode == 2
     assert "that is the input, which would be lost" in done.stderr
     assert path.read_text() == '{"query": "a", "passages": []}\n'
