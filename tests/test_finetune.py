@@ -258,7 +258,9 @@ def test_a_run_is_not_resumed_with_other_settings_and_not_started_in_a_used_fold
 ) -> None:
     data = write_lines(tmp_path / "train.jsonl", toy_lines(8, 0))
     command = ["finetune", str(DATA / "encoder"), "--data", data, "--output-dir", str(tmp_path / "out")]
+    command += ["--lr-scheduler-type=constant"]
     assert main([*command, "--max-steps=2", "--train-group-size=4"]) == 0
+    trained, said = (tmp_path / "out" / "model.safetensors").read_bytes(), capsys.readouterr().out
     for flags, message in [
         (["--max-steps=2", "--train-group-size=4"], "not empty"),
         (["--max-steps=3", "--train-group-size=4", "--resume"], "max_steps=3: the run that is to be resumed had max_steps=2"),
@@ -269,6 +271,8 @@ def test_a_run_is_not_resumed_with_other_settings_and_not_started_in_a_used_fold
     assert main([*command, "--max-steps=2", "--train-group-size=4", "--resume"]) == 0, (
         "a run that is over may be resumed"
     )
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == trained, "and goes no further"
+    assert capsys.readouterr().out == said
 
 
 def test_the_same_seed_gives_the_same_run_and_another_one_another(tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ class FinetuneResult:
     Attributes:
         output_dir: Where the model is.
         is_adapter: Whether that is a LoRA adapter, for `peft_path`, or a whole model.
-        loss: The last loss that was logged, or the mean over a run that logged none.
+        loss: The last loss that was logged.
         mrr: MRR on the held-out lines at the end; None without held-out lines.
     """
 
@@ -78,7 +78,7 @@ def finetune(settings: FinetuneSettings) -> FinetuneResult:
 
     from .batches import Collator
     from .models import trainee_of
-    from .trainer import Progress, RankingTrainer, check_loss, newest_checkpoint, write_log
+    from .trainer import Progress, RankingTrainer, check_loss, newest_checkpoint, state_of, write_log
 
     transformers.set_seed(settings.seed)
     trainee = trainee_of(settings)
@@ -105,9 +105,12 @@ def finetune(settings: FinetuneSettings) -> FinetuneResult:
         trainer.remove_callback(callback)
     trainer.add_callback(Progress(settings.show_progress))
     newest = newest_checkpoint(folder) if settings.resume else None
-    trained = trainer.train(resume_from_checkpoint=None if newest is None else str(newest))
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    loss = losses[-1] if losses else trained.training_loss  # of a run that is shorter than `logging_steps`
+    if newest is not None and (state := state_of(newest)).global_step >= state.max_steps:
+        trainee.restore(newest)  # Trainer would go one step beyond
+        trainer.state = state
+    else:
+        trainer.train(resume_from_checkpoint=None if newest is None else str(newest))
+    loss = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry][-1]
     check_loss(loss, trainer.state.global_step, learning_rate)
 
     metrics = trainer.evaluate() if held_out else {}

@@ -159,8 +159,9 @@ class Progress(TrainerCallback):
         )
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """One step further."""
+        """One step further; the loss of the last one is logged whatever its number."""
         self._bar.update(1)
+        control.should_log |= state.global_step >= state.max_steps
 
     def on_log(
         self,
@@ -211,6 +212,12 @@ def newest_checkpoint(folder: Path) -> Path | None:
     """The newest checkpoint of a run that was written to its end; a kill may leave one that was not."""
     whole = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json") if _is_json(path)]
     return max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+
+
+def state_of(checkpoint: Path) -> TrainerState:
+    """How far a run had come."""
+    state: TrainerState = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+    return state
 
 
 def _is_json(path: Path) -> bool:
