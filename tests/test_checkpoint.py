@@ -239,12 +239,17 @@ def test_a_language_model_must_say_what_a_text_begins_with(tmp_path: Path) -> No
     assert "no tokenizer_config.json" in refused(tmp_path / "model")
 
 
-def test_positions_that_depend_on_the_company_are_refused(causal_dirs: dict[str, str], tmp_path: Path) -> None:
-    shutil.copytree(causal_dirs["Llama"], tmp_path / "model")
+@pytest.mark.parametrize(
+    ("model", "name", "kind"), [("Llama", "rope_parameters", "rope_type"), ("layerwise", "rope_scaling", "type")]
+)
+def test_positions_that_depend_on_the_company_are_refused(
+    model: str, name: str, kind: str, causal_dirs: dict[str, str], tmp_path: Path
+) -> None:
+    shutil.copytree(causal_dirs.get(model, DATA / model), tmp_path / "model")
     config = json.loads((tmp_path / "model" / "config.json").read_text())
-    rope = {"rope_type": "longrope", "rope_theta": 10000.0, "factor": 2.0, "short_factor": [1.0], "long_factor": [2.0]}
+    rope = {kind: "longrope", "rope_theta": 10000.0, "factor": 2.0, "short_factor": [1.0], "long_factor": [2.0]}
     config.pop("rope_scaling", None)
-    (tmp_path / "model" / "config.json").write_text(json.dumps(config | {"rope_parameters": rope}))
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config | {name: rope}))
     assert "longrope" in refused(tmp_path / "model")
 
 

@@ -138,6 +138,15 @@ class Checkpoint:
         config: PreTrainedConfig = AutoConfig.for_model(**self.config)
         return config
 
+    def refuse_longrope(self) -> None:
+        """Raises ValueError for rotary positions whose factors follow the longest text that is computed with a text."""
+        for name in ("rope_parameters", "rope_scaling"):
+            rope = self.config.get(name) or {}
+            if "longrope" in (rope.get("rope_type"), rope.get("type")):
+                raise ValueError(
+                    f"model={self.model!r}: rope_type='longrope' is not supported: scores would not stand alone"
+                )
+
     @cached_property
     def adapter_config(self) -> dict[str, Any] | None:
         """adapter_config.json of the LoRA adapter, or None without one.

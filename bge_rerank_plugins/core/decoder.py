@@ -104,11 +104,6 @@ def _checked(checkpoint: Checkpoint, settings: RerankSettings) -> tuple[Any, Pro
         raise ValueError(
             f"cutoff_layer={settings.cutoff_layer}: {checkpoint.model!r} is no layerwise checkpoint, it scores at the end"
         )
+    checkpoint.refuse_longrope()
     config = checkpoint.transformers_config()
-    rope = getattr(config, "rope_parameters", None) or {}
-    # Its factors follow the longest text that is computed with a text.
-    if "longrope" in (rope.get("rope_type"), rope.get("type")):
-        raise ValueError(
-            f"model={checkpoint.model!r}: rope_type='longrope' is not supported: scores would not stand alone"
-        )
     return config, Prompt(checkpoint, settings, config.max_position_embeddings)

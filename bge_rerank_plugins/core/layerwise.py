@@ -188,6 +188,7 @@ class Layerwise:
 
 def _checked(checkpoint: Checkpoint, settings: RerankSettings) -> tuple[range, int, Prompt]:
     """Layers that score, the one to score at, and the prompt, once the settings are known to fit the checkpoint."""
+    checkpoint.refuse_longrope()
     layers = layers_of(checkpoint)
     cutoff_layer = layers[-1] if settings.cutoff_layer is None else settings.cutoff_layer
     check_layers([cutoff_layer], layers)
