@@ -7,6 +7,7 @@ imported when a command needs it, never for `--help`.
 from __future__ import annotations
 
 import argparse
+import io
 import math
 import os
 import re
@@ -68,6 +69,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if sys.stdout is None:
             raise InputError("standard output is closed")
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="backslashreplace")  # a name may hold what the terminal's encoding lacks
         COMMANDS[arguments.command].run(arguments)
         sys.stdout.flush()
     except KeyboardInterrupt:

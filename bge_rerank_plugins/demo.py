@@ -5,9 +5,7 @@ Light to import; the extra `demo` is needed only by `run`. Knows the adapters an
 
 from __future__ import annotations
 
-import io
 import platform
-import sys
 import textwrap
 import time
 from collections.abc import Callable, Sequence
@@ -225,8 +223,6 @@ def _console() -> Console:
         from rich.console import Console
     except ImportError as error:
         raise ImportError(f"the demo needs rich: {_CURE}") from error
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a docstring may hold what the terminal's encoding lacks
 
     class Lines(Console):
         def on_broken_pipe(self) -> None:

@@ -408,6 +408,15 @@ def test_info_does_not_read_the_weights(tmp_path: Path) -> None:
     assert bge_rerank("info", str(tmp_path), "--max-length", "100").out.decode().count("100 tokens a pair") == 1
 
 
+def test_info_shows_a_name_that_the_terminal_lacks_letters_for(tmp_path: Path) -> None:
+    shutil.copytree(ENCODER, tmp_path / "modèle")
+
+    result = bge_rerank("info", str(tmp_path / "modèle"))
+
+    assert (result.status, result.err) == (0, "")
+    assert rb"mod\xe8le" in result.out
+
+
 def test_info_fails_where_loading_would(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"architectures": ["T5Model"], "model_type": "t5"}')
 
