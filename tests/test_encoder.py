@@ -293,7 +293,7 @@ def test_bfloat16_keeps_the_ranking_of_the_embedded_model() -> None:
 
     from bge_rerank_plugins.docstrings import standard_library
 
-    passages = [docstring.text[:400] for docstring in standard_library()[::60]]
+    passages = [docstring.text[:400] for docstring in standard_library()[::180]]  # slow where bfloat16 is emulated
     with Scorer("embedded") as exact, Scorer("embedded", dtype="bfloat16") as half:
         for query in ("shorten a text to a width", "read a file line by line", "how do I parse a date"):
             both = exact.score(query, passages), half.score(query, passages)
