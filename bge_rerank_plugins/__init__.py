@@ -4,8 +4,9 @@ Importing this package loads nothing else: `Scorer` and its companions are resol
 `bge_rerank_plugins.langchain` and `bge_rerank_plugins.llama_index`, which need only their own framework.
 """
 
-from importlib import import_module
 from typing import TYPE_CHECKING
+
+from .lazy import lazy_names
 
 if TYPE_CHECKING:
     from .ranking import RankedPassage
@@ -19,11 +20,4 @@ __all__ = ["RankedPassage", "RerankSettings", "Scorer"]
 _HOMES = {"RankedPassage": ".ranking", "Scorer": ".scorer", "RerankSettings": ".settings"}
 
 if not TYPE_CHECKING:  # or a type checker would take every wrong name
-
-    def __getattr__(name: str) -> object:
-        if name in _HOMES:
-            return getattr(import_module(_HOMES[name], __name__), name)
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-    def __dir__() -> list[str]:
-        return sorted([*globals(), *__all__])
+    __getattr__, __dir__ = lazy_names(__name__, _HOMES)

@@ -3,8 +3,9 @@
 Importing this package loads nothing else: torch comes with the first call. Nothing in `core/` knows of it.
 """
 
-from importlib import import_module
 from typing import TYPE_CHECKING
+
+from ..lazy import lazy_names
 
 if TYPE_CHECKING:
     from .distillation import distill
@@ -24,11 +25,4 @@ _HOMES = {
 }
 
 if not TYPE_CHECKING:  # or a type checker would take every wrong name
-
-    def __getattr__(name: str) -> object:
-        if name in _HOMES:
-            return getattr(import_module(_HOMES[name], __name__), name)
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-    def __dir__() -> list[str]:
-        return sorted([*globals(), *__all__])
+    __getattr__, __dir__ = lazy_names(__name__, _HOMES)
