@@ -265,7 +265,6 @@ class Engine:
 
     def _load_and_run(self, index: int, device_name: str | None) -> None:
         worker = Worker(self._settings, device_name)  # gone with this frame, before the device's memory is given back
-        worker.warm_up()
         self._report_loaded(index, worker.family)
         self._run(worker)
 

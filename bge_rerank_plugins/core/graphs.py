@@ -1,18 +1,17 @@
 """Small packs of cross-encoders on CUDA, replayed as graphs: one launch instead of one for every kernel of every layer.
 
 A graph computes on a buffer that never moves, so a pack is filled up to one of few sizes and its numbers are copied there. It
-is captured when the model is loaded, and compared with the plain forward pass on a pack that is not filled up; where that fails,
-for whatever reason, there are no graphs any more. All but capture and replay is the same on a CPU, where the tests run it. Knows
-nothing of requests or text.
+is captured when a pack of its size first comes, and compared with the plain forward pass on that pack, not filled up; where that
+fails, for whatever reason, there are no graphs any more. All but capture and replay is the same on a CPU, where the tests run
+it. Knows nothing of requests or text.
 """
 
 from __future__ import annotations
 
 import logging
 import threading
-from bisect import bisect_left, bisect_right
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
-from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -67,40 +66,27 @@ class Graphs:
         self._longest = min(family.max_length, SIZES[-1])
         self._segments: tuple[Segment, ...] = ()
         self._replays: dict[int, tuple[Tensor, Run]] = {}
-
-    def capture(self, most: int, trial: Sequence[TokenSequence]) -> None:
-        """Captures the graphs of all sizes up to `most` tokens, the largest first, whose memory the others then share.
-
-        Args:
-            most: Tokens of the largest pack.
-            trial: What to compare them on, as many of these sequences as each has room for.
-        """
-        ends = list(accumulate(map(len, trial)))
-        for size in reversed(SIZES[: bisect_right(SIZES, most)]):
-            if not self._capture(size, trial[: bisect_right(ends, size)]):
-                return
+        self._failed = False
 
     def score(self, sequences: Sequence[TokenSequence]) -> Tensor | None:
-        """Raw scores of a pack, shape (sequences,); None if there is no graph for it."""
+        """Raw scores of a pack, shape (sequences,); None if it is none for a graph."""
         tokens = sum(map(len, sequences))
-        if tokens > SIZES[-1]:
+        if self._failed or tokens > SIZES[-1]:
             return None
         size = SIZES[bisect_left(SIZES, tokens)]
-        if size not in self._replays or (numbers := self._numbers(sequences, size)) is None:
-            return None
-        buffer, replay = self._replays[size]
-        buffer.copy_(numbers, non_blocking=True)
-        return replay(buffer)[: len(sequences)]
-
-    def _numbers(self, sequences: Sequence[TokenSequence], size: int) -> Tensor | None:
-        """What is copied to the graph of a size; None if it has no room for so many sequences."""
-        filled = [*sequences, *self._fillers(size - sum(map(len, sequences)))]
+        filled = [*sequences, *self._fillers(size - tokens)]
         if len(filled) > SEQUENCES:
             return None
         pack = pack_sequences(filled)
         self._segments = pack.segments
         numbers = _numbers_of(pack, size)
-        return numbers.pin_memory() if self._device.type == "cuda" else numbers
+        if self._device.type == "cuda":
+            numbers = numbers.pin_memory()
+        if size not in self._replays and not self._capture(size, numbers, sequences):
+            return None
+        buffer, replay = self._replays[size]
+        buffer.copy_(numbers, non_blocking=True)
+        return replay(buffer)[: len(sequences)]
 
     def _fillers(self, missing: int) -> Iterator[TokenSequence]:
         while missing > 0:
@@ -108,24 +94,24 @@ class Graphs:
             yield TokenSequence([0] * length, position_ids=[0] * length)
             missing -= length
 
-    def _capture(self, size: int, trial: Sequence[TokenSequence]) -> bool:
+    def _capture(self, size: int, numbers: Tensor, sequences: Sequence[TokenSequence]) -> bool:
         """Captures the graph of a size; whether it computes what the plain forward pass does."""
+        # An error of the model's own is no reason to give graphs up.
+        expected = self._family.forward(pack_sequences(sequences, self._device))
+        buffer = numbers.to(self._device)
 
         def run(numbers: Tensor) -> Tensor:
             return self._family.forward(self._pack(numbers, size))
 
         try:
-            numbers = self._numbers(trial, size)
-            if numbers is None:
-                raise ValueError(f"no room for {len(trial)} sequences")
-            expected = self._family.forward(pack_sequences(trial, self._device))
-            buffer = numbers.to(self._device)
             replay = self._record(run, buffer)
-            difference = float((replay(buffer)[: len(trial)] - expected).abs().max() / expected.abs().max())
+            got = replay(buffer)[: len(sequences)]
+            difference = float((got - expected).abs().max() / expected.abs().max())
             if not difference <= TOLERANCE:
                 raise ValueError(f"its scores are off by {difference:.2g} of the largest")
         except (RuntimeError, ValueError) as error:  # of torch, whose CUDA errors are RuntimeErrors, and of ours
             logger.warning("no CUDA graphs, small packs take longer: %s", error, exc_info=True)
+            self._failed = True
             self._replays.clear()
             return False
         self._replays[size] = buffer, replay

@@ -88,16 +88,6 @@ class Worker:
         self.kept = Prefixes()
         self.last_finish = 0.0
 
-    def warm_up(self) -> None:
-        """Has a device other than a CPU set up what it would set up with the first packs, its graphs above all."""
-        if self.device.type == "cpu":
-            return
-        trial = self.family.encode("one, two", [" ".join(map(str, range(count % 61))) for count in range(0, 448, 7)])
-        if self._graphs is not None:
-            with torch.inference_mode():
-                self._graphs.capture(self.budget, trial)
-        self.finish(self.start(trial[:1]))
-
     def start(
         self, sequences: Sequence[TokenSequence], cutoff_layers: tuple[int, ...] = (), keep: Collection[int] = ()
     ) -> Pending:
