@@ -272,7 +272,8 @@ class Scorer:
                 refused.append(error)
 
         waiting = requests()
-        for first in waiting:  # there is one: nothing to score needs no model
+        first = next(waiting, None)
+        if first is not None:  # nothing to score needs no model
             for chunk in self._scored_chunks(chain([first], waiting), math.inf):
                 yield from self._normalized(chunk)
         if refused:
