@@ -27,25 +27,15 @@ if TYPE_CHECKING:
     from .checkpoint import Checkpoint
 
 
-ARCHITECTURES = (
-    "XLMRobertaForSequenceClassification",
-    "RobertaForSequenceClassification",
-    "BertForSequenceClassification",
-)
-
-CLASSIFIER_OF = {
-    name.replace("ForSequenceClassification", ending): name
-    for name in ARCHITECTURES
-    for ending in ("Model", "ForMaskedLM")
-}
-"""Architectures without a scoring head, and those that they become with one."""
-
-
 class Encoder:
     """A cross-encoder. See `families.Family` for what its methods mean."""
 
     name: ClassVar[str] = "encoder"
-    architectures: ClassVar[tuple[str, ...]] = ARCHITECTURES
+    architectures: ClassVar[tuple[str, ...]] = (
+        "XLMRobertaForSequenceClassification",
+        "RobertaForSequenceClassification",
+        "BertForSequenceClassification",
+    )
     float16_is_safe: ClassVar[bool] = True
     packs_weights: ClassVar[bool] = True
     layers: ClassVar[range | None] = None
@@ -113,6 +103,14 @@ class Encoder:
         rows = _first_rows_after(self._last_layer, hidden[0], pack)
         logits: Tensor = self._head(rows[:, None].float())
         return logits.view(-1)
+
+
+CLASSIFIER_OF = {
+    name.replace("ForSequenceClassification", ending): name
+    for name in Encoder.architectures
+    for ending in ("Model", "ForMaskedLM")
+}
+"""Architectures without a scoring head, and those that they become with one."""
 
 
 def _head_of(model: Any) -> nn.Sequential:
