@@ -502,7 +502,6 @@ def test_closing_while_calls_wait_for_the_tokenizer_tells_every_one_of_them() ->
 
 def test_a_call_that_comes_after_the_tokenizer_has_stopped_is_told_that_the_scorer_is_closed() -> None:
     """It was told of futures that cannot be scheduled."""
-    from bge_rerank_plugins.turns import Turns
 
     async def late() -> None:
         thread = ThreadPoolExecutor(1)
