@@ -11,7 +11,6 @@ import io
 import math
 import os
 import re
-import stat
 import sys
 import textwrap
 from collections import deque
@@ -28,6 +27,7 @@ from .adapter import AdapterSettings
 from .arguments import add_fields, add_settings, flag_of, given, settings_of
 from .demo import FRAMEWORKS, PUBLISHED_MODEL, QUERIES
 from .evaluation import command as evaluation
+from .files import check_writable, empty, is_regular, opened
 from .finetune.command import add_distill, add_finetune, add_mine, run_distill, run_finetune, run_mine
 from .jsonl import InputError, Line, check_text, check_texts, json_line, read_lines
 from .ranking import RankedPassage, check_cut
@@ -121,13 +121,15 @@ def _rerank(arguments: argparse.Namespace) -> None:
     progress = given(arguments, "show_progress")
     settings = settings_of(arguments, show_progress=False)  # one bar over all lines, not one a line
     with (
-        _opened(arguments.file, arguments.output) as (source, sink),
+        opened(arguments.file, arguments.output) as (source, sink),
         ThreadPoolExecutor(LINES_AHEAD) as threads,
         Scorer.from_settings(settings) as scorer,
         _progress_bar(progress) as advance,
     ):
         load = cache(scorer.warmup)  # before the first line that needs it: a model that fails is not the line's fault
-        empty = cache(partial(_empty, sink))  # not before there is something to put in the place of what a file holds
+        empty_once = cache(
+            partial(empty, sink)
+        )  # not before there is something to put in the place of what a file holds
 
         def submit(line: Line) -> tuple[Line, Future[list[RankedPassage]]]:
             query, passages = line.record["query"], line.record["passages"]
@@ -135,17 +137,17 @@ def _rerank(arguments: argparse.Namespace) -> None:
                 load()
             return line, threads.submit(scorer.rank, query, passages, top_n, score_threshold)
 
-        ahead = LINES_AHEAD if _is_regular(source) else 1
+        ahead = LINES_AHEAD if is_regular(source) else 1
         for line, ranking in _lookahead(_requests(source, arguments.file), submit, ahead):
             try:
                 ranked = [passage._asdict() for passage in ranking.result()]
             except (ValueError, RuntimeError) as error:
                 raise InputError(f"{line.place}: {error}") from error
-            empty()
+            empty_once()
             sink.write(json_line({**line.record, "ranking": ranked}))
             sink.flush()
             advance()
-        empty()
+        empty_once()
 
 
 def _add_info(parser: argparse.ArgumentParser) -> None:
@@ -209,10 +211,8 @@ def _add_layers(parser: argparse.ArgumentParser) -> None:
 
 def _layers(arguments: argparse.Namespace) -> None:
     settings = settings_of(arguments)
-    if arguments.plot is not None:  # before what takes time
-        plot = Path(arguments.plot)
-        if plot.is_dir() or not plot.resolve().parent.is_dir():
-            raise InputError(f"--plot {plot}: {'that is a' if plot.is_dir() else 'there is no such'} directory")
+    if arguments.plot is not None:
+        check_writable("--plot", arguments.plot)
     from .core.checkpoint import Checkpoint
     from .core.families import family_of
     from .core.layerwise import layers_of
@@ -223,7 +223,7 @@ def _layers(arguments: argparse.Namespace) -> None:
         raise InputError(
             f"model={settings.model!r}: not a layerwise checkpoint, it has one score and no layer to choose"
         )
-    with _opened(arguments.data, "-") as (source, _):
+    with opened(arguments.data, "-") as (source, _):
         requests = [(line.record["query"], line.record["passages"]) for line in _requests(source, arguments.data)]
     with Scorer.from_settings(settings) as scorer:
         reports = compare_layers(scorer, requests, layers_of(checkpoint))
@@ -359,44 +359,6 @@ def _lookahead(
     yield from submitted
     if error is not None:
         raise error
-
-
-@contextmanager
-def _opened(file: str, output: str) -> Iterator[tuple[BinaryIO, BinaryIO]]:
-    """The input and the output, as bytes: both are UTF-8 whatever the terminal's encoding."""
-    if file == "-" and sys.stdin is None:
-        raise InputError("standard input is closed")
-    source = sys.stdin.buffer if file == "-" else Path(file).open("rb")  # noqa: SIM115
-    try:
-        sink = sys.stdout.buffer if output == "-" else open(Path(output), "wb", opener=_open_as_it_is)  # noqa: SIM115
-        try:
-            if _is_regular(source) and _is_regular(sink) and os.path.sameopenfile(source.fileno(), sink.fileno()):
-                raise InputError(f"--output {output}: that is the input, which would be lost")
-            yield source, sink
-        finally:
-            if output != "-":
-                sink.close()
-    finally:
-        if file != "-":
-            source.close()
-
-
-def _open_as_it_is(path: str, flags: int) -> int:
-    """Opens a file to write to, and leaves what it holds for now."""
-    return os.open(path, flags & ~os.O_TRUNC, 0o666)
-
-
-def _empty(sink: BinaryIO) -> None:
-    if sink is not sys.stdout.buffer and _is_regular(sink):
-        sink.truncate(0)
-
-
-def _is_regular(stream: BinaryIO) -> bool:
-    """Whether it is a file on a disk: reading never waits for somebody to write, and what was written can be taken back."""
-    try:
-        return stat.S_ISREG(os.fstat(stream.fileno()).st_mode)
-    except OSError:  # not a file of the operating system
-        return False
 
 
 @contextmanager

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Iterator
 from contextlib import closing
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..arguments import add_fields, add_settings, fields_of, flag_of, settings_of
 from ..demo import PUBLISHED_MODEL
+from ..files import check_writable
 from ..jsonl import InputError
 from ..scorer import Scorer
 from ..settings import RerankSettings
@@ -156,9 +156,7 @@ def _check_files(arguments: argparse.Namespace) -> None:
     if arguments.output is not None and Path(arguments.output).exists() and not Path(arguments.output).is_dir():
         raise InputError(f"--output {arguments.output}: that is no directory")
     if arguments.plot is not None:
-        path = Path(arguments.plot)
-        if path.is_dir() or not os.access(path.parent, os.W_OK):
-            raise InputError(f"--plot {arguments.plot}: cannot be written; give a file in a folder that is there")
+        check_writable("--plot", arguments.plot)
 
 
 def _check_options(options: EvaluationSettings) -> None:

@@ -17,13 +17,14 @@ from typing import Any
 
 from .. import __version__
 from ..adapter import SupportsScore, checked_scores
+from ..files import write_whole
 from ..jsonl import InputError
 from ..ranking import rank_scores
 from ..scorer import Scorer
 from .inputs import JudgedSet, Run
 from .measures import Quality, measure, p_value, parse_measures, recall_of_candidates, trec_scores
 from .settings import MEASURES
-from .store import ScoreStore, check_same_data, write_whole
+from .store import ScoreStore, check_same_data
 
 _NOT_ASKED = frozenset({"show_progress", "token", "cache_dir", "local_files_only", "max_queued_tokens", "when_full"})
 """Options that change neither scores nor time."""

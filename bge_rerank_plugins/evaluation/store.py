@@ -57,13 +57,6 @@ def _check(record: dict[str, Any]) -> None:
             raise ValueError(f'"{key}" is {json_kind(record[key])}')
 
 
-def write_whole(path: Path, content: str | bytes) -> None:
-    """Writes a file in one step: whoever looks sees the old content or the new, never half of it."""
-    part = path.with_name(f"{path.name}.part")
-    part.write_bytes(content.encode() if isinstance(content, str) else content)
-    part.replace(path)
-
-
 def check_same_data(path: Path, digest: str) -> None:
     """Raises InputError where the results at `path` are those of other data, which would be lost."""
     if not path.exists():

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from ..arguments import add_fields, add_settings, fields_of, settings_of
 from ..demo import PUBLISHED_MODEL
+from ..files import check_writable, whole
 from ..jsonl import InputError, json_line
 from .settings import FinetuneSettings, MineSettings
 
@@ -97,29 +96,14 @@ def _add_files(parser: argparse.ArgumentParser) -> None:
 
 
 def _check_output(file: str, output: str) -> None:
-    path = Path(output)
-    if path.is_dir():
-        raise InputError(f"--output {output or '.'}: that is a directory")
-    if not path.resolve().parent.is_dir():
-        raise InputError(f"--output {output}: there is no directory {path.resolve().parent}")
-    if path.exists() and path.samefile(file):
+    check_writable("--output", output)
+    if Path(output).exists() and Path(output).samefile(file):
         raise InputError(f"--output {output}: that is the input, which would be lost")
 
 
 def _write(output: str, records: Iterable[dict[str, Any]]) -> None:
     """Writes all lines, or none where something fails on the way; to what is no file, such as a pipe, as they come."""
     path = Path(output)
-    with path.open("wb") if path.exists() and not path.is_file() else _whole(path.resolve()) as sink:
+    with path.open("wb") if path.exists() and not path.is_file() else whole(path.resolve()) as sink:
         for record in records:
             sink.write(json_line(record))
-
-
-@contextmanager
-def _whole(path: Path) -> Iterator[BinaryIO]:
-    part = path.with_name(f".{path.name}.part")
-    try:
-        with part.open("wb") as sink:
-            yield sink
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)

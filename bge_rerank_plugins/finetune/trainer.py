@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ..files import write_whole
 from .batches import Collator
 from .data import Group, Groups
 from .losses import ranking_loss
@@ -203,9 +203,7 @@ def check_loss(loss: float, step: int, learning_rate: float) -> None:
 
 def write_log(history: Sequence[dict[str, float]], path: Path) -> None:
     """Writes the log, a line for each entry, in one move: who reads it meanwhile sees whole lines."""
-    part = path.with_name(f".{path.name}.part")
-    part.write_text("".join(json.dumps(entry) + "\n" for entry in history), encoding="utf-8")
-    os.replace(part, path)
+    write_whole(path, "".join(json.dumps(entry) + "\n" for entry in history))
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
