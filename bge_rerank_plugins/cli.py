@@ -27,9 +27,10 @@ from .adapter import AdapterSettings
 from .arguments import add_fields, add_settings, flag_of, given, settings_of
 from .demo import FRAMEWORKS, PUBLISHED_MODEL, QUERIES
 from .evaluation import command as evaluation
-from .files import check_writable, empty, is_regular, opened
+from .files import empty, is_regular, opened
 from .finetune.command import add_distill, add_finetune, add_mine, run_distill, run_finetune, run_mine
 from .jsonl import InputError, Line, check_text, check_texts, json_line, read_lines
+from .pictures import check_picture
 from .ranking import RankedPassage, check_cut
 from .scorer import Scorer
 from .settings import RerankSettings
@@ -205,14 +206,16 @@ def _add_layers(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data", required=True, metavar="FILE", help="JSON lines of queries and passages, as for rerank"
     )
-    parser.add_argument("--plot", metavar="FILE", help="write a PNG picture of the table there")
+    parser.add_argument(
+        "--plot", metavar="FILE", help="write a picture of the table there, PNG unless its name says otherwise"
+    )
     add_settings(parser, without=UNUSED["layers"])
 
 
 def _layers(arguments: argparse.Namespace) -> None:
     settings = settings_of(arguments)
     if arguments.plot is not None:
-        check_writable("--plot", arguments.plot)
+        check_picture("--plot", arguments.plot, "plot")
     from .core.checkpoint import Checkpoint
     from .core.families import family_of
     from .core.layerwise import layers_of

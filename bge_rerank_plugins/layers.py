@@ -10,8 +10,8 @@ import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
+from .pictures import legend_above, new_figure, save_picture
 from .ranking import rank_scores
 from .scorer import Scorer
 
@@ -79,18 +79,13 @@ def compare_layers(scorer: Scorer, requests: Sequence[tuple[str, Sequence[str]]]
 
 
 def plot_layers(reports: Sequence[LayerReport], path: str) -> None:
-    """Draws agreement and time over the layers into a PNG file.
+    """Draws agreement and time over the layers into a file.
 
     Raises:
         ImportError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError('a plot needs matplotlib: pip install "bge-rerank-plugins[plot]"') from error
-
+    figure = new_figure("plot")
     layers = [report.layer for report in reports]
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
     agreement = figure.subplots()
     agreement.plot(layers, [report.tau for report in reports], "o-", color="tab:blue", label="Kendall tau")
     agreement.plot(layers, [report.overlap for report in reports], "s-", color="tab:green", label=f"top-{TOP} overlap")
@@ -99,10 +94,8 @@ def plot_layers(reports: Sequence[LayerReport], path: str) -> None:
     cost = agreement.twinx()
     cost.plot(layers, [report.milliseconds for report in reports], "--", color="tab:red", label="time per pair")
     cost.set(ylabel="milliseconds per pair", ylim=(0, None))
-    lines = [*agreement.get_lines(), *cost.get_lines()]
-    labels = [str(line.get_label()) for line in lines]
-    figure.legend(lines, labels, loc="outside upper center", ncols=len(lines), frameon=False)  # covers no curve
-    figure.savefig(path, dpi=120, format=Path(path).suffix[1:] or "png")  # else matplotlib writes to x.png for x
+    legend_above(figure, [agreement, cost])
+    save_picture(figure, path)
 
 
 def _overlap(scores: list[float], top_scores: list[float]) -> float:

@@ -172,6 +172,8 @@ def test_corrupt_input_is_one_line_and_status_2_and_nothing_is_overwritten(
         (["FOLDER", "--top-k", "0"], "top_k=0: Input should be greater"),
         (["FOLDER", "--first-stage", "/nowhere"], "first_stage='/nowhere': not 'bm25', and no encoder can be loaded"),
         (["FOLDER", "--plot", "/nowhere/plot.png"], "--plot /nowhere/plot.png: cannot be written"),
+        (["FOLDER", "--plot", "plot.foo"], "--plot plot.foo: .foo is none of"),
+        (["FOLDER", "--output", ""], "--output '': that is no directory"),
         (["FOLDER", "--output", __file__], f"--output {__file__}: that is no directory"),
         (["standard-library", "--qrels", "own"], "--qrels own: goes with a corpus; standard-library has its own"),
         (

@@ -50,6 +50,10 @@ def test_layers_that_order_nothing_say_so(tmp_path: Path, capsys: pytest.Capture
             "no such directory",
         ),
         (["layers", str(DATA / "layerwise"), "--data", "/no/such/file", "--plot", str(DATA)], "that is a directory"),
+        (
+            ["layers", str(DATA / "layerwise"), "--data", "/no/such/file", "--plot", "x.foo"],
+            "--plot x.foo: .foo is none of",
+        ),
         (["verify", "BAAI/bge-reranker-base"], "no published scores are known, only for BAAI/bge-reranker-v2-m3"),
         (["verify", "BAAI/bge-reranker-v2-m3", "--local-files-only"], "nothing was verified, the model cannot be had"),
         (["verify", "/no/such/dir", "--card", "BAAI/bge-reranker-v2-m3"], "no such directory"),

@@ -59,5 +59,7 @@ def test_a_model_without_layers_is_an_error(encoder_dir: str) -> None:
 def test_the_plot_is_a_picture(reports: list[LayerReport], tmp_path: Path) -> None:
     plot_layers(reports, str(tmp_path / "layers.png"))
     plot_layers(reports, str(tmp_path / "layers"))
+    plot_layers(reports, str(tmp_path / "layers.SVG"))
+    assert b"<svg" in (tmp_path / "layers.SVG").read_bytes()
     assert (tmp_path / "layers.png").read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "layers").read_bytes().startswith(b"\x89PNG"), "a file has the name that was given"

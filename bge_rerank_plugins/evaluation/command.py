@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from ..arguments import add_fields, add_settings, fields_of, flag_of, settings_of
 from ..demo import PUBLISHED_MODEL
-from ..files import check_writable
 from ..jsonl import InputError
+from ..pictures import check_picture
 from ..scorer import Scorer
 from ..settings import RerankSettings
 from ..terminal import print_table
@@ -41,7 +41,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FOLDER",
         help="keep scores, per-query measures, runs and the plot there; a killed evaluation goes on from them",
     )
-    parser.add_argument("--plot", metavar="FILE", help="write a PNG picture of quality against time there")
+    parser.add_argument(
+        "--plot",
+        metavar="FILE",
+        help="write a picture of quality against time there, PNG unless its name says otherwise",
+    )
     add_settings(parser)
 
 
@@ -153,10 +157,11 @@ def first_stage(data: JudgedSet, options: EvaluationSettings) -> Run:
 
 def _check_files(arguments: argparse.Namespace) -> None:
     """Raises InputError for files that cannot be written in the end."""
-    if arguments.output is not None and Path(arguments.output).exists() and not Path(arguments.output).is_dir():
-        raise InputError(f"--output {arguments.output}: that is no directory")
+    output = arguments.output
+    if output is not None and (not output or (Path(output).exists() and not Path(output).is_dir())):
+        raise InputError(f"--output {output or repr(output)}: that is no directory")
     if arguments.plot is not None:
-        check_writable("--plot", arguments.plot)
+        check_picture("--plot", arguments.plot, "eval")
 
 
 def _check_options(options: EvaluationSettings) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import textwrap
 from pathlib import Path
 
+from ..pictures import new_figure, save_picture
 from .comparison import Report, System
 
 WIDTH = 80
@@ -41,20 +42,16 @@ def notes(report: Report) -> list[str]:
 
 
 def plot(report: Report, path: str | Path) -> None:
-    """Draws quality against time into a PNG file: one point per reranker, a line for the first stage.
+    """Draws quality against time into a file: one point per reranker, a line for the first stage.
 
     Raises:
         ImportError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-        from matplotlib.ticker import LogLocator, NullFormatter
-    except ImportError as error:
-        raise ImportError('a plot needs matplotlib: pip install "bge-rerank-plugins[eval]"') from error
+    figure = new_figure("eval")
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     name = report.measures[0]
     base, *systems = report.systems
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
     axes.axhline(base.quality.mean[name], color="tab:gray", linestyle="--", label=base.name)
     timed = [system for system in systems if system.milliseconds is not None]
@@ -77,7 +74,7 @@ def plot(report: Report, path: str | Path) -> None:
     )
     axes.grid(alpha=0.3, which="both")
     axes.legend(loc="lower right")
-    figure.savefig(path, dpi=120)
+    save_picture(figure, path)
 
 
 def short_name(measure: str) -> str:

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..pictures import legend_above, new_figure, save_picture
+
 
 def plot_training(history: Sequence[dict[str, Any]], path: Path) -> bool:
     """Draws loss and MRR into a PNG file, where matplotlib is installed.
@@ -18,11 +20,9 @@ def plot_training(history: Sequence[dict[str, Any]], path: Path) -> bool:
         Whether there is a picture.
     """
     try:
-        from matplotlib.figure import Figure
+        figure = new_figure("finetune")
     except ImportError:
         return False
-
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
     losses = figure.subplots()
     measured = losses.twinx()
     curves = ((losses, "loss", "-", "tab:blue", "loss"), (measured, "eval_mrr", "o-", "tab:green", "held-out MRR"))
@@ -34,9 +34,6 @@ def plot_training(history: Sequence[dict[str, Any]], path: Path) -> bool:
     losses.set_xlabel("step")
     losses.grid(alpha=0.3)
     measured.set_ylim(0, 1.02)
-    lines = [*losses.get_lines(), *measured.get_lines()]
-    if lines:
-        labels = [str(line.get_label()) for line in lines]
-        figure.legend(lines, labels, loc="outside upper center", ncols=len(lines), frameon=False)  # covers no curve
-    figure.savefig(path, dpi=120)
+    legend_above(figure, [losses, measured])
+    save_picture(figure, path)
     return True
