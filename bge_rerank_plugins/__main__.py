@@ -1,8 +1,17 @@
-"""`python -m bge_rerank_plugins`: the `bge-rerank` command."""
+"""The `bge-rerank` command, also as `python -m bge_rerank_plugins`. Light to import: Ctrl-C is heard from the first moment."""
 
 import sys
 
-from .cli import main
+
+def main() -> int:
+    """Runs the command; its exit status, 130 after Ctrl-C."""
+    try:
+        from .cli import main as run
+
+        return run()
+    except KeyboardInterrupt:  # before `cli` was there to hear it
+        return 130
+
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -6,13 +6,21 @@ Knows nothing of torch, of frameworks or of model files: what can be checked wit
 
 import os
 import re
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 Dtype: TypeAlias = Literal["auto", "fast", "float32", "bfloat16", "float16"]
 
+COUNTS = ("max_length", "query_max_length", "cutoff_layer", "max_batch_tokens", "max_queued_tokens")
 DEVICE_KINDS = ("cpu", "cuda", "mps", "xpu", "npu", "hpu")
+
+
+class _Hidden(str):
+    """A text that nobody sees unless they ask for it."""
+
+    def __repr__(self) -> str:
+        return "'***'"
 
 
 class RerankSettings(BaseModel):
@@ -106,6 +114,13 @@ class RerankSettings(BaseModel):
     )
     show_progress: bool = Field(default=False, description="Show a progress bar on standard error while scoring.")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _token_is_hidden(cls, values: Any) -> Any:
+        """Errors print all that was given, when it is the model that is missing."""
+        token = values.get("token") if isinstance(values, dict) else None
+        return values | {"token": _Hidden(token)} if isinstance(token, str) else values
+
     @field_validator("device")
     @classmethod
     def _device_is_known(cls, device: str | list[str] | None) -> str | list[str] | None:
@@ -117,6 +132,13 @@ class RerankSettings(BaseModel):
                     f"device={name!r}: not one of {', '.join(DEVICE_KINDS)}, with or without an index (cuda:1)"
                 )
         return device
+
+    @field_validator(*COUNTS, mode="before")
+    @classmethod
+    def _count_is_no_truth_value(cls, value: object, info: ValidationInfo) -> object:
+        if isinstance(value, bool):  # which is an int in Python
+            raise ValueError(f"{info.field_name}={value}: expected a whole number")
+        return value
 
     @field_validator("model", "peft_path", "cache_dir", mode="before")
     @classmethod

@@ -44,8 +44,8 @@ def one_line(error: Exception) -> str:
     """The message of an error, without line breaks; of pydantic's, what the user gave and what is wrong with it."""
     if isinstance(error, ValidationError):
         return "; ".join(map(_option_message, error.errors()))
-    if isinstance(error, OSError) and error.filename is not None:
-        return f"{error.filename}: {error.strerror}"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
     return " ".join(str(error).split()) or type(error).__name__
 
 

@@ -11,6 +11,8 @@ import torch
 from conftest import DATA
 
 from bge_rerank_plugins import Scorer
+from bge_rerank_plugins.finetune import FinetuneSettings
+from bge_rerank_plugins.finetune.models import trainee_of
 
 
 @pytest.fixture
@@ -251,6 +253,9 @@ def test_positions_that_depend_on_the_company_are_refused(
     config.pop("rope_scaling", None)
     (tmp_path / "model" / "config.json").write_text(json.dumps(config | {name: rope}))
     assert "longrope" in refused(tmp_path / "model")
+    settings = FinetuneSettings(model=str(tmp_path / "model"), data="-", output_dir="-")
+    with pytest.raises(ValueError, match="longrope"):
+        trainee_of(settings)
 
 
 def test_segments_are_left_out_where_the_tokenizer_says_so(classifier_dirs: dict[str, str], tmp_path: Path) -> None:

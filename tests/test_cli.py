@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
 from bge_rerank_plugins import RerankSettings, Scorer, __version__
+from bge_rerank_plugins.__main__ import main as entry_point
 from bge_rerank_plugins.cli import COMMANDS, LINES_AHEAD, UNUSED, main
 from bge_rerank_plugins.finetune import FinetuneSettings, MineSettings
 
@@ -495,6 +496,24 @@ def test_help_needs_no_torch() -> None:
 def test_python_m_runs_the_command() -> None:
     with process("--version") as running:
         assert running.communicate() == (f"bge-rerank {__version__}\n".encode(), b"")
+
+
+def test_ctrl_c_while_the_command_is_imported_is_heard(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Interrupted:
+        @staticmethod
+        def find_spec(name: str, *_: object) -> None:
+            if name == "bge_rerank_plugins.cli":
+                raise KeyboardInterrupt
+
+    monkeypatch.delitem(sys.modules, "bge_rerank_plugins.cli")
+    monkeypatch.setattr(sys, "meta_path", [Interrupted, *sys.meta_path])
+    assert entry_point() == 130
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device that is always full")
+def test_a_full_disk_is_named() -> None:
+    result = rerank("--output", "/dev/full", stdin=GOOD)
+    assert (result.status, result.err) == (2, "bge-rerank: No space left on device\n")
 
 
 @pytest.mark.parametrize("output", ["lines.jsonl", "-"])

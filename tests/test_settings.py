@@ -1,6 +1,7 @@
 """Options: one definition, clear refusals, secrets kept."""
 
 import inspect
+import pickle
 import shutil
 from pathlib import Path
 
@@ -34,6 +35,8 @@ def test_every_option_is_documented() -> None:
         ({"dtype": "int4"}, "'int4'.*|'auto', 'fast', 'float32', 'bfloat16' or 'float16'"),
         ({"max_length": 0}, "max_length"),
         ({"max_length": -5}, "max_length"),
+        ({"max_length": True}, "max_length=True: expected a whole number"),
+        ({"max_batch_tokens": False}, "max_batch_tokens=False: expected a whole number"),
         ({"query_max_length": 20, "max_length": 10}, "query_max_length=20: longer than the whole pair, max_length=10"),
         ({"cutoff_layer": 0}, "cutoff_layer"),
         ({"max_batch_tokens": 0}, "max_batch_tokens"),
@@ -75,6 +78,10 @@ def test_the_token_is_never_shown_or_serialised() -> None:
     assert "secret" not in repr(settings) + repr(Scorer("m", token="secret")) + str(settings)
     assert "token" not in settings.model_dump()
     assert "secret" not in settings.model_dump_json()
+    with pytest.raises(ValidationError, match="model") as refused:
+        RerankSettings(token="secret")  # type: ignore[call-arg]
+    assert "secret" not in str(refused.value)
+    assert pickle.loads(pickle.dumps(settings)).token == "secret"
 
 
 def test_settings_make_the_same_scorer() -> None:
