@@ -23,11 +23,13 @@ def _import(name: str, package: str) -> Any:
         raise PeerMissing(f"pip install {package}: {error}") from error
 
 
-def _this_package(cutoff_layer: int | None = None) -> Make:
+def _this_package(cutoff_layer: int | None = None, *, int8: bool = False) -> Make:
     def make(directory: Path, dtype: torch.dtype, device: str) -> Score:
         from bge_rerank_plugins import Scorer
 
-        name: Any = str(dtype).removeprefix("torch.")
+        if int8 and device != "cpu":
+            raise PeerMissing("int8 is for CPUs")
+        name: Any = "int8" if int8 else str(dtype).removeprefix("torch.")
         return Scorer(str(directory), dtype=name, device=device, cutoff_layer=cutoff_layer).score
 
     return make
@@ -176,10 +178,12 @@ def _model_card_layerwise(directory: Path, dtype: torch.dtype, device: str) -> S
 
 OURS = "this package"
 CUTOFF = f"{OURS}, cutoff 28 of 40"
+INT8 = f"{OURS}, int8"
 
 CONTENDERS: dict[str, dict[str, Make]] = {
     "encoder": {
         OURS: _this_package(),
+        INT8: _this_package(int8=True),
         "CrossEncoder, defaults": _cross_encoder(None),
         "CrossEncoder, batches of 8": _cross_encoder(8),
         "FlagEmbedding, defaults": _flag_embedding(None),
@@ -188,10 +192,15 @@ CONTENDERS: dict[str, dict[str, Make]] = {
         "OnnxScorer, float32": _onnx_runtime("onnx/model.onnx"),
         "OnnxScorer, int8": _onnx_runtime("onnx/model_quantized.onnx"),
     },
-    "decoder": {OURS: _this_package(), "transformers, as the model card": _model_card_decoder},
+    "decoder": {
+        OURS: _this_package(),
+        INT8: _this_package(int8=True),
+        "transformers, as the model card": _model_card_decoder,
+    },
     "layerwise": {
         OURS: _this_package(),
         CUTOFF: _this_package(cutoff_layer=28),
+        INT8: _this_package(int8=True),
         "transformers, as the model card": _model_card_layerwise,
     },
 }

@@ -5,8 +5,9 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 from benchmark import _tried
-from benchmark_peers import OURS, PeerMissing
+from benchmark_peers import CONTENDERS, INT8, OURS, PeerMissing
 from benchmark_process import Contender
 from conftest import DATA
 from rich.console import Console
@@ -24,6 +25,14 @@ def test_a_contender_scores_as_in_this_process_and_says_how_long_it_took() -> No
         again, _ = contender.score(QUERY, PASSAGES)
     assert scores == again == pytest.approx(expected, abs=1e-5)
     assert 0 < seconds < 60
+
+
+@pytest.mark.parametrize("family", ["encoder", "decoder", "layerwise"])
+def test_the_contender_in_int8_is_another_and_for_a_cpu(family: str) -> None:
+    ours, rounded = (CONTENDERS[family][name](DATA / family, torch.float32, "cpu") for name in (OURS, INT8))
+    assert ours(QUERY, PASSAGES) != rounded(QUERY, PASSAGES) == pytest.approx(ours(QUERY, PASSAGES), abs=0.5)
+    with pytest.raises(PeerMissing, match="int8 is for CPUs"):
+        CONTENDERS[family][INT8](DATA / family, torch.float32, "cuda")
 
 
 def test_what_goes_wrong_in_a_contenders_process_is_raised_here(tmp_path: Path) -> None:

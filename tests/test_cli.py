@@ -470,7 +470,7 @@ def test_an_option_that_would_change_nothing_is_refused_by_name(command: list[st
     assert f"unrecognized arguments: {flag}" in result.err
 
 
-@pytest.mark.parametrize("argv", [[], ["nothing"], ["rerank", "--dtype", "int8"], ["rerank", "--norm"], ["info"]])
+@pytest.mark.parametrize("argv", [[], ["nothing"], ["rerank", "--dtype", "int4"], ["rerank", "--norm"], ["info"]])
 def test_a_wrong_command_line_is_status_2(argv: list[str]) -> None:
     result = bge_rerank(*argv)
 

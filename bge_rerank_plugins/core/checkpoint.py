@@ -207,7 +207,7 @@ class Checkpoint:
         Args:
             auto_class: The transformers class whose `from_pretrained` loads it.
             config: What to build.
-            dtype: Precision of the weights.
+            dtype: Precision of the weights; those that will be int8 come in float32, for who knows which of them to round.
             device: Where they go.
             attention: transformers' name of the attention.
             may_lack: Beginnings of the names of weights that may be new, since they are about to be trained.
@@ -226,7 +226,7 @@ class Checkpoint:
                 model, report = auto_class.from_pretrained(
                     self.model,
                     config=config,
-                    dtype=dtype,
+                    dtype=torch.float32 if dtype == torch.int8 else dtype,
                     attn_implementation=attention,
                     use_safetensors=True,
                     output_loading_info=True,

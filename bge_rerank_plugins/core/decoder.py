@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from .inplace import work_in_place
+from .int8 import round_linear_layers
 from .last_layer import LastRows
 from .packing import Pack
 from .prompt import Prompt
@@ -64,7 +65,10 @@ class Decoder:
             raise ValueError(
                 "dtype='float16': Gemma's hidden states overflow in it to NaN; use 'bfloat16' or 'float32'"
             )
-        return cls(checkpoint.load(AutoModelForCausalLM, config, dtype, device), prompt)
+        model: Any = checkpoint.load(AutoModelForCausalLM, config, dtype, device)
+        if dtype == torch.int8:
+            round_linear_layers(model.base_model.layers)
+        return cls(model, prompt)
 
     @classmethod
     def describe(cls, checkpoint: Checkpoint, settings: RerankSettings) -> dict[str, str]:

@@ -4,9 +4,11 @@ from typing import NamedTuple
 
 import torch
 
+from .int8 import can_multiply_int8
+
 
 class Precision(NamedTuple):
-    """A precision and the reason for it, in words for `bge-rerank info`."""
+    """A precision of weights and the reason for it, in words for `bge-rerank info`. States are float32 where weights are int8."""
 
     dtype: torch.dtype
     reason: str
@@ -55,7 +57,14 @@ def choose_precision(dtype: str, device: torch.device, *, float16_is_safe: bool)
         dtype: "auto", "fast" or the name of a precision.
         device: Where the model will run.
         float16_is_safe: Whether the family's hidden states stay inside float16 (65504); Gemma's do not.
+
+    Raises:
+        ValueError: "int8" elsewhere than on a CPU, or on one for which this torch does not have it.
     """
+    if dtype == "int8" and device.type != "cpu":
+        raise ValueError(f"dtype='int8': for a CPU only, and the device is {device}; use 'bfloat16' or 'float16'")
+    if dtype == "int8" and not can_multiply_int8():
+        raise ValueError("dtype='int8': this torch does not multiply such numbers on this processor; use 'float32'")
     if dtype not in ("auto", "fast"):
         return Precision(getattr(torch, dtype), "asked for")
     if device.type == "cuda":
@@ -69,7 +78,7 @@ def choose_precision(dtype: str, device: torch.device, *, float16_is_safe: bool)
     if device.type == "cpu":
         if cpu_has_bfloat16():
             return Precision(torch.bfloat16, "this processor multiplies bfloat16 (AVX512-BF16 or AMX)")
-        return Precision(torch.float32, "this processor has no bfloat16 arithmetic")
+        return Precision(torch.float32, "this processor has no bfloat16 arithmetic; 'int8' is faster, if less exact")
     if float16_is_safe:
         return Precision(torch.float16, f"float16 is the fast one on {device.type}")
     return Precision(torch.float32, "this family overflows in float16")

@@ -17,6 +17,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedConfig, P
 
 from .attention import attend_from_first_rows
 from .inplace import work_in_place
+from .int8 import round_linear_layers
 from .linear import in_few_sizes, pack_linear_layers
 from .packing import Pack
 from .pairs import PairEncoder, PairLayout, layout_of
@@ -65,7 +66,9 @@ class Encoder:
         """
         config, layout, max_length = checked_config(checkpoint, settings)
         pairs = pair_encoder(checkpoint, settings)
-        model = checkpoint.load(AutoModelForSequenceClassification, config, dtype, device)
+        model: Any = checkpoint.load(AutoModelForSequenceClassification, config, dtype, device)
+        if dtype == torch.int8:
+            round_linear_layers(model.base_model.encoder.layer[:-1])
         return cls(model, pairs, max_length, layout)
 
     @classmethod

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import silu
 from transformers.activations import GELUActivation, GELUTanh, SiLUActivation
 
+from .int8 import Int8Linear
 from .norms import RootMeanSquareNorm
 
 ROWS = {"cpu": 1536}
@@ -44,8 +45,8 @@ class Workspace:
         self._held = torch.empty(0)
 
     def product(self, layer: nn.Module, states: Tensor) -> Tensor:
-        """`layer(states)`, in this workspace if torch's own layer computes it on a CPU. Valid until the next call."""
-        if not _is_plain(layer, states):
+        """`layer(states)`, in this workspace if `put_product` needs no tensor for it. Valid until the next call."""
+        if not isinstance(layer, Int8Linear) and not _is_plain(layer, states):
             product: Tensor = layer(states)
             return product
         shape = (*states.shape[:-1], layer.out_features)
@@ -58,8 +59,10 @@ class Workspace:
 
 
 def put_product(place: Tensor, layer: nn.Module, states: Tensor) -> None:
-    """`place[:] = layer(states)`, without a tensor for the product if torch's own layer computes it on a CPU."""
-    if not _is_plain(layer, states):
+    """`place[:] = layer(states)`, without a tensor for the product if torch's own layer or an int8 one computes it on a CPU."""
+    if isinstance(layer, Int8Linear):
+        layer.put(place, states)
+    elif not _is_plain(layer, states):
         place.copy_(layer(states))
     elif layer.bias is None:
         torch.mm(_rows(states), layer.weight.T, out=_rows(place))
@@ -68,8 +71,10 @@ def put_product(place: Tensor, layer: nn.Module, states: Tensor) -> None:
 
 
 def add_product(total: Tensor, layer: nn.Module, states: Tensor) -> None:
-    """`total += layer(states)`, without a tensor for the product if torch's own layer computes it in float32 on a CPU."""
-    if _is_plain(layer, states) and states.dtype == torch.float32:
+    """`total += layer(states)`, without a tensor for the product if torch's own layer in float32, or an int8 one, computes it."""
+    if isinstance(layer, Int8Linear):
+        layer.add(total, states)
+    elif _is_plain(layer, states) and states.dtype == torch.float32:
         if layer.bias is not None:
             total += layer.bias
         _rows(total).addmm_(_rows(states), layer.weight.T)
@@ -96,7 +101,7 @@ class Projection(nn.Module):
         workspace: Where its product is read before the next layer's is written.
     """
 
-    def __init__(self, layer: nn.Linear, workspace: Workspace) -> None:
+    def __init__(self, layer: nn.Linear | Int8Linear, workspace: Workspace) -> None:
         super().__init__()
         self._layer, self._workspace = layer, workspace
 
@@ -189,7 +194,7 @@ def work_in_place(model: nn.Module) -> None:
     projected = {name: Workspace() for name in ("query", "key", "value")}  # in layers of BERT's build
     for module in modules:
         for name, child in list(module.named_children()):
-            if name in projected and type(child) is nn.Linear:
+            if name in projected and type(child) in (nn.Linear, Int8Linear):
                 setattr(module, name, Projection(child, projected[name]))
             parts = {part for part, _ in child.named_children()}
             activate = _IN_PLACE.get(type(getattr(child, "act_fn", None)))

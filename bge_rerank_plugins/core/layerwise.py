@@ -18,6 +18,7 @@ from transformers import GraniteConfig, GraniteModel
 from transformers.models.granite.modeling_granite import GranitePreTrainedModel
 
 from .inplace import work_in_place
+from .int8 import round_linear_layers
 from .last_layer import LastRows
 from .packing import Pack
 from .prompt import Prompt
@@ -108,6 +109,8 @@ class Layerwise:
 
         def load(top: int) -> LayerwiseModel:
             model: Any = checkpoint.load(LayerwiseModel, granite_config(published, top), dtype, device)
+            if dtype == torch.int8:
+                round_linear_layers(model.model.layers)
             return model  # type: ignore[no-any-return]
 
         return cls(load, prompt, layers, cutoff_layer, hidden_scale(published))
