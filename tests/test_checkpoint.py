@@ -269,3 +269,11 @@ def test_segments_are_left_out_where_the_tokenizer_says_so(classifier_dirs: dict
     assert "token_type_ids" not in inputs
     with torch.inference_mode(), Scorer(str(tmp_path / "model")) as scorer:
         assert scorer.score("panda", ["a bear"]) == pytest.approx([model(**inputs).logits.item()], abs=1e-5)
+
+
+def test_a_revision_of_a_local_directory_is_said_to_change_nothing(
+    copied: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with Scorer(str(copied), revision="v2") as scorer:
+        assert len(scorer.score("a", ["b"])) == 1
+    assert caplog.messages == [f"revision='v2' is not looked at: model={str(copied)!r} is a local directory"]

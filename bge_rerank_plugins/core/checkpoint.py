@@ -38,6 +38,8 @@ _one_load_at_a_time = threading.Lock()
 
 _ADAPTER_PREFIX = "base_model.model."
 
+logger = logging.getLogger("bge_rerank_plugins")
+
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -118,6 +120,8 @@ class Checkpoint:
             raise ValueError(f"model={self.model!r}: no such directory")
         if local.exists() and not (local / "config.json").is_file():
             raise ValueError(f"model={self.model!r}: not a checkpoint directory, it has no config.json")
+        if local.exists() and self.revision is not None:
+            logger.warning("revision=%r is not looked at: model=%r is a local directory", self.revision, self.model)
         try:
             config: dict[str, Any]
             config, _ = PreTrainedConfig.get_config_dict(self.model, **self._hub())
