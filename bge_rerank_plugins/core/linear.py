@@ -66,7 +66,8 @@ def _fuse_activation(module: Any) -> None:
 def pays(dtype: torch.dtype) -> bool:
     """Whether oneDNN's layout is faster: in bfloat16; in float32 on AMD processors with AVX512, which MKL does not use."""
     processor = torch.cpu.get_capabilities()
-    return dtype != torch.float32 or ("AMD" in str(processor.get("cpu_name")) and bool(processor.get("avx512_f")))
+    on_amd = "AMD" in str(processor.get("cpu_name")) and bool(processor.get("avx512_f"))
+    return by_onednn(dtype) or (dtype == torch.float32 and on_amd)
 
 
 def rows_for(rows: int) -> int:
@@ -89,7 +90,7 @@ def in_few_sizes(rows: Tensor, states: Tensor) -> Tensor:
 
 def by_onednn(dtype: torch.dtype) -> bool:
     """Whether torch's own products on a CPU are oneDNN's: in half precision. In float32 they are those of a BLAS."""
-    return dtype != torch.float32
+    return dtype in (torch.bfloat16, torch.float16)
 
 
 @cache
@@ -103,14 +104,19 @@ def can_pack(dtype: torch.dtype) -> bool:
         return False
 
 
+def trial() -> tuple[nn.Linear, Tensor]:
+    """A small layer and states to try operators on, that are private to torch and may be gone or changed."""
+    layer = nn.Linear(48, 32).requires_grad_(False)
+    layer.weight.copy_(torch.arange(48 * 32).reshape(32, 48).remainder(7) / 7 - 0.4)
+    layer.bias.copy_(torch.arange(32) / 32)
+    return layer, torch.arange(5 * 48).reshape(5, 48).remainder(11) / 11 - 0.5
+
+
 def _agrees(dtype: torch.dtype) -> bool:
     """Every form that is used here beside torch's own, on a small product that has an exact order of magnitude."""
-    layer = nn.Linear(48, 32)
+    layer, states = trial()
     with torch.no_grad():
-        layer.weight.copy_(torch.arange(48 * 32).reshape(32, 48).remainder(7) / 7 - 0.4)
-        layer.bias.copy_(torch.arange(32) / 32)
-        layer = layer.to(dtype)
-        states = (torch.arange(5 * 48).reshape(5, 48).remainder(11) / 11 - 0.5).to(dtype)
+        layer, states = layer.to(dtype), states.to(dtype)
         product = linear(states.float(), layer.weight.float(), layer.bias.float())
         tolerance = 1e-5 if dtype == torch.float32 else 2e-2
         results = [

@@ -80,10 +80,7 @@ class Worker:
         fits = budget_within(usual, free, token_bytes(checkpoint.config, dtype))
         self.budget = settings.max_batch_tokens or fits
         self._full_budget = self.budget
-        by_program = by_onednn(dtype) or (kind.packs_weights and pays(dtype))
-        by_program = (
-            by_program and self.device.type == "cpu" and dtype != torch.int8
-        )  # whose layers fill up on their own
+        by_program = self.device.type == "cpu" and (by_onednn(dtype) or (kind.packs_weights and pays(dtype)))
         self._rows_for: Callable[[int], int] = rows_for if by_program else int
         self._fitted = 0
         self.packs_ahead = 1 if self.device.type == "cuda" else 0
