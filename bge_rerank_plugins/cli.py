@@ -128,9 +128,8 @@ def _rerank(arguments: argparse.Namespace) -> None:
         _progress_bar(progress) as advance,
     ):
         load = cache(scorer.warmup)  # before the first line that needs it: a model that fails is not the line's fault
-        empty_once = cache(
-            partial(empty, sink)
-        )  # not before there is something to put in the place of what a file holds
+        # Not before there is something to put in the place of what a file holds.
+        empty_once = cache(partial(empty, sink))
 
         def submit(line: Line) -> tuple[Line, Future[list[RankedPassage]]]:
             query, passages = line.record["query"], line.record["passages"]
@@ -159,7 +158,7 @@ def _add_info(parser: argparse.ArgumentParser) -> None:
 def _info(arguments: argparse.Namespace) -> None:
     settings = settings_of(arguments)
     from .core.checkpoint import Checkpoint
-    from .core.device import available_devices, choose_device, choose_precision
+    from .core.device import asked_devices, available_devices, choose_device, choose_precision
     from .core.families import family_of
 
     checkpoint = Checkpoint.from_settings(settings)
@@ -169,7 +168,7 @@ def _info(arguments: argparse.Namespace) -> None:
     if checkpoint.peft_path is not None:
         facts["LoRA adapter"] = checkpoint.peft_path
     facts |= family.describe(checkpoint, settings)
-    names = settings.device if isinstance(settings.device, list) else [settings.device]
+    names = asked_devices(settings.device)
     for number, name in enumerate(names, start=1):
         device = choose_device(name)
         precision = choose_precision(settings.dtype, device, float16_is_safe=family.float16_is_safe)

@@ -32,6 +32,11 @@ def choose_device(name: str | None) -> torch.device:
     return device
 
 
+def asked_devices(device: str | list[str] | None) -> list[str | None]:
+    """The setting `device` as names for `choose_device`, one for each replica."""
+    return [*device] if isinstance(device, list) else [device]
+
+
 def available_devices() -> list[str]:
     """Devices of this machine, best first; the CPU is always there."""
     # A driver that is too old for torch counts its devices, and cannot use them.

@@ -198,12 +198,12 @@ def _layers(settings: RerankSettings, options: EvaluationSettings) -> list[Reran
         ValueError: The model or device cannot be used, as far as can be told without weights.
     """
     from ..core.checkpoint import Checkpoint
-    from ..core.device import choose_device, choose_precision
+    from ..core.device import asked_devices, choose_device, choose_precision
     from ..core.families import family_of
 
     checkpoint = Checkpoint.from_settings(settings)
     family = family_of(checkpoint)
-    for device in settings.device if isinstance(settings.device, list) else [settings.device]:
+    for device in asked_devices(settings.device):
         choose_precision(settings.dtype, choose_device(device), float16_is_safe=family.float16_is_safe)
     layers = options.cutoff_layers if family.name == "layerwise" else None
     if layers is not None and settings.cutoff_layer is not None:
