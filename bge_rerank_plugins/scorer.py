@@ -30,18 +30,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("bge_rerank_plugins")
 
-STATS = (
-    "requests",
-    "pairs",
-    "tokens",
-    "packs",
-    "mean_fill",
-    "out_of_memory",
-    "truncated",
-    "queued_tokens",
-    "device_seconds",
-)
-
 
 class Scorer:
     """Scores how well passages answer a query, with a local BGE reranker.
@@ -303,13 +291,10 @@ class Scorer:
             requests (calls), pairs, tokens, packs, mean_fill (of the token budget), out_of_memory (packs tried again),
             truncated (passages cut), queued_tokens (waiting now), device_seconds.
         """
+        from .core.stats import EngineStats
+
         engine = self._lease.engine
-        if engine is None:
-            return dict.fromkeys(STATS, 0)
-        stats = engine.stats()
-        return {
-            name: stats.fill / max(1, stats.packs) if name == "mean_fill" else getattr(stats, name) for name in STATS
-        }
+        return (EngineStats() if engine is None else engine.stats()).shown()
 
     def warmup(self) -> None:
         """Loads the model and scores one pair, so that the first request does not wait for it."""

@@ -25,11 +25,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .device import asked_devices
 from .outcome import caused_by, give_error, give_error_to_all, give_score
 from .prefixes import Prefixes
 from .room import Room, Rooms
 from .schedule import Job, Pair, Request, Schedule
 from .sequences import computed_tokens
+from .stats import EngineStats
 from .worker import Pending, Worker
 
 if TYPE_CHECKING:
@@ -74,33 +76,6 @@ class QueueFullError(RuntimeError):
     """Too many tokens wait already."""
 
 
-@dataclass
-class EngineStats:
-    """Counters of an engine.
-
-    Attributes:
-        requests: Calls.
-        pairs: Pairs that were scored.
-        tokens: Their tokens, shared prefixes counted for each.
-        packs: Packs that were computed.
-        fill: Sum over the packs of the share of the budget that their tokens are, shared prefixes counted once.
-        out_of_memory: Packs that did not fit and were tried again.
-        truncated: Passages that were cut to fit.
-        queued_tokens: Tokens that wait.
-        device_seconds: Time spent computing, summed over the devices.
-    """
-
-    requests: int = 0
-    pairs: int = 0
-    tokens: int = 0
-    packs: int = 0
-    fill: float = 0.0
-    out_of_memory: int = 0
-    truncated: int = 0
-    queued_tokens: int = 0
-    device_seconds: float = 0.0
-
-
 class Engine:
     """A loaded model, on one device or several, and the queue before it.
 
@@ -110,7 +85,7 @@ class Engine:
     """
 
     def __init__(self, settings: RerankSettings) -> None:
-        names = settings.device if isinstance(settings.device, list) else [settings.device]
+        names = asked_devices(settings.device)
         self._settings = settings
         self._changed = threading.Condition()
         self._schedule = Schedule()
@@ -381,11 +356,11 @@ class Engine:
             return
         now = time.perf_counter()
         with self._changed:
-            self._stats.packs += 1
-            self._stats.pairs += len(flight.pairs)
-            self._stats.tokens += sum(len(pair.sequence) for pair in flight.pairs)
-            self._stats.device_seconds += now - max(flight.start, worker.last_finish)
-            self._stats.fill += flight.tokens / worker.budget
+            self._stats.count_pack(
+                [len(pair.sequence) for pair in flight.pairs],
+                fill=flight.tokens / worker.budget,
+                seconds=now - max(flight.start, worker.last_finish),
+            )
             for pair, score in zip(flight.pairs, scores, strict=True):
                 give_score(pair, score, worker.precision.dtype)
         worker.last_finish = now
