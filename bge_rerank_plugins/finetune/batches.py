@@ -11,7 +11,7 @@ from torch import Tensor
 from ..core.sequences import TokenSequence
 from .data import Group
 from .losses import teacher_distribution
-from .models import Encode
+from .trainee import Encode
 
 
 class Collator:

@@ -19,7 +19,7 @@ from ..files import write_whole
 from .batches import Collator
 from .data import Group, Groups
 from .losses import ranking_loss
-from .models import Trainee
+from .trainee import Trainee
 
 LOG_FILE = "training.jsonl"
 PAIRS_AT_ONCE = 32
