@@ -7,8 +7,10 @@ same way. Pure standard library: knows nothing of models, scoring or retrieval.
 import ast
 import importlib
 import inspect
+import json
 import pkgutil
 import re
+import subprocess
 import sys
 import types
 import warnings
@@ -69,15 +71,15 @@ class Pair:
 def standard_library() -> list[Docstring]:
     """Read the documentation of this interpreter's standard library, C-implemented objects included.
 
-    Public modules are imported for it; those whose import a user would notice are left out. Nothing is
-    printed, warned about or read from the network.
+    In a process of its own, which imports the public modules but for those whose import a user would notice:
+    in the caller's, a shell or a package may have put something else in their place. Nothing is printed,
+    warned about or read from the network.
 
     Returns:
-        About 5,500 docstrings, each text once, sorted by name: the same list on every call.
+        About 5,500 docstrings, each text once, sorted by name: the same list in every process.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return _unique(found for name, module in _standard_modules() for found in _module_docstrings(name, module))
+    reader = subprocess.run([sys.executable, "-I", __file__], stdout=subprocess.PIPE, check=True)
+    return [Docstring(name, text) for name, text in json.loads(reader.stdout)]
 
 
 def source_docstrings(folder: Path) -> list[Docstring]:
@@ -197,14 +199,8 @@ def _object_docstrings(name: str, value: object) -> Iterator[Docstring]:
 
 def _docstring(name: str, value: object) -> Iterator[Docstring]:
     text = value.__doc__
-    if isinstance(text, str) and text.strip() and not _is_foreign(value):
+    if isinstance(text, str) and text.strip():
         yield Docstring(name, inspect.cleandoc(text))
-
-
-def _is_foreign(value: object) -> bool:
-    """Whether an installed package has put this object into the standard library, as some do with loggers."""
-    home = getattr(value, "__module__", None)
-    return isinstance(home, str) and home.partition(".")[0] not in sys.stdlib_module_names
 
 
 def _source_file(path: Path, folder: Path) -> Iterator[Docstring]:
@@ -233,3 +229,9 @@ def _node_docstrings(
     for child in node.body:
         if isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and _is_public(child.name):
             yield from _node_docstrings(f"{name}.{child.name}", child)
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    found = (docstring for name, module in _standard_modules() for docstring in _module_docstrings(name, module))
+    json.dump([(docstring.name, docstring.text) for docstring in _unique(found)], sys.stdout)
