@@ -62,7 +62,15 @@ def is_regular(stream: BinaryIO) -> bool:
 
 @contextmanager
 def whole(path: Path) -> Iterator[BinaryIO]:
-    """A file that is written in one move: whoever looks sees the old content or the new, never half of it."""
+    """A file that is written in one move: whoever looks sees the old content or the new, never half of it.
+
+    What is no file on a disk, such as a pipe, stays what it is and gets the content as it comes; what a link leads to is written.
+    """
+    path = path.resolve()
+    if path.exists() and not path.is_file():
+        with path.open("wb") as sink:
+            yield sink
+        return
     part = path.with_name(f".{path.name}.part")
     try:
         with part.open("wb") as sink:

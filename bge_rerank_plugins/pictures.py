@@ -39,7 +39,7 @@ def check_picture(flag: str, path: str, extra: str) -> None:
         ImportError: matplotlib is not installed.
     """
     check_writable(flag, path)
-    formats = new_figure(extra).canvas.get_supported_filetypes()
+    formats = {*new_figure(extra).canvas.get_supported_filetypes()} - {"pgf"}  # which needs a TeX to be drawn
     if _format_of(Path(path)) not in formats:
         raise InputError(f"{flag} {path}: {Path(path).suffix} is none of .{', .'.join(sorted(formats))}")
 

@@ -12,6 +12,7 @@ from ..arguments import add_fields, add_settings, fields_of, settings_of
 from ..demo import PUBLISHED_MODEL
 from ..files import check_writable, whole
 from ..jsonl import InputError, json_line
+from ..terminal import bar_is_hidden
 from .settings import FinetuneSettings, MineSettings
 
 DATA_HELP = 'JSON lines, each {"query": "...", "pos": ["...", ...], "neg": ["...", ...]}'
@@ -78,7 +79,7 @@ def run_distill(arguments: argparse.Namespace) -> None:
     shown = getattr(arguments, "show_progress", None)
     with (
         Scorer.from_settings(settings) as teacher,
-        tqdm(total=len(records), unit=" lines", desc="Distilling", disable=None if shown is None else not shown) as bar,
+        tqdm(total=len(records), unit=" lines", desc="Distilling", disable=bar_is_hidden(shown)) as bar,
     ):
         teacher.warmup()
         _write(arguments.output, _counted(distill(records, teacher), bar.update))
@@ -102,8 +103,7 @@ def _check_output(file: str, output: str) -> None:
 
 
 def _write(output: str, records: Iterable[dict[str, Any]]) -> None:
-    """Writes all lines, or none where something fails on the way; to what is no file, such as a pipe, as they come."""
-    path = Path(output)
-    with path.open("wb") if path.exists() and not path.is_file() else whole(path.resolve()) as sink:
+    """Writes all lines, or none where something fails on the way."""
+    with whole(Path(output)) as sink:
         for record in records:
             sink.write(json_line(record))

@@ -1,0 +1,64 @@
+"""Files for a user: what they held is lost only for what takes their place, and what is no file stays what it is."""
+
+import os
+import stat
+import threading
+from pathlib import Path
+
+import pytest
+
+from bge_rerank_plugins.files import whole
+from bge_rerank_plugins.jsonl import InputError
+from bge_rerank_plugins.pictures import check_picture, new_figure, save_picture
+
+
+def test_a_file_is_written_in_one_move(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_text("old")
+    with whole(path) as sink:
+        sink.write(b"new")
+        sink.flush()
+        assert path.read_text() == "old"
+    assert path.read_text() == "new"
+    with pytest.raises(ZeroDivisionError), whole(path) as sink:
+        assert sink.write(b"half") / 0
+    assert path.read_text() == "new"
+    assert [each.name for each in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such links")
+def test_what_a_link_leads_to_is_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("old")
+    (tmp_path / "link").symlink_to("file")
+    with whole(tmp_path / "link") as sink:
+        sink.write(b"new")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "file").read_text() == "new"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such pipes")
+def test_a_picture_goes_through_a_pipe_and_leaves_it_there(tmp_path: Path) -> None:
+    """A file took its place, and that of a device such as /dev/null too."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    read: list[bytes] = []
+    reader = threading.Thread(target=lambda: read.append(pipe.read_bytes()))
+    reader.start()
+    save_picture(new_figure("plot"), pipe)
+    reader.join(timeout=30)
+    assert read[0].startswith(b"\x89PNG")
+    assert stat.S_ISFIFO(pipe.stat().st_mode)
+
+
+@pytest.mark.parametrize("name", ["picture.foo", "picture.pgf"])
+def test_a_picture_that_could_not_be_drawn_is_refused(name: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=rf"{name}: .* is none of \..*, \.eps, "):
+        check_picture("--plot", str(tmp_path / name), "plot")
+
+
+@pytest.mark.parametrize("suffix", ["", ".png", ".svg", ".PDF", ".eps", ".jpg"])
+def test_a_picture_that_is_not_refused_is_drawn(suffix: str, tmp_path: Path) -> None:
+    path = tmp_path / f"picture{suffix}"
+    check_picture("--plot", str(path), "plot")
+    save_picture(new_figure("plot"), path)
+    assert path.stat().st_size > 500
