@@ -6,13 +6,12 @@ Knows nothing of torch, of frameworks or of model files: what can be checked wit
 
 import os
 import re
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 Dtype: TypeAlias = Literal["auto", "fast", "float32", "bfloat16", "float16", "int8"]
 
-COUNTS = ("max_length", "query_max_length", "cutoff_layer", "max_batch_tokens", "max_queued_tokens")
 DEVICE_KINDS = ("cpu", "cuda", "mps", "xpu", "npu", "hpu")
 
 
@@ -23,7 +22,28 @@ class _Hidden(str):
         return "'***'"
 
 
-class RerankSettings(BaseModel):
+class Settings(BaseModel):
+    """What all settings here have in common: True is no number, and a `token` is in no error."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _token_is_hidden(cls, values: Any) -> Any:
+        """Errors print all that was given, when it is another option that is missing."""
+        token = values.get("token") if isinstance(values, dict) else None
+        return values | {"token": _Hidden(token)} if isinstance(token, str) else values
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _truth_value_is_no_number(cls, value: object, info: ValidationInfo) -> object:
+        name = str(info.field_name)
+        if isinstance(value, bool):  # which is an int in Python
+            kinds = {*get_args(annotation := cls.model_fields[name].annotation)} or {annotation}
+            if bool not in kinds and kinds & {int, float}:
+                raise ValueError(f"{name}={value}: expected a {'whole ' if int in kinds else ''}number")
+        return value
+
+
+class RerankSettings(Settings):
     """The options of a reranker.
 
     Raises:
@@ -115,13 +135,6 @@ class RerankSettings(BaseModel):
     )
     show_progress: bool = Field(default=False, description="Show a progress bar on standard error while scoring.")
 
-    @model_validator(mode="before")
-    @classmethod
-    def _token_is_hidden(cls, values: Any) -> Any:
-        """Errors print all that was given, when it is the model that is missing."""
-        token = values.get("token") if isinstance(values, dict) else None
-        return values | {"token": _Hidden(token)} if isinstance(token, str) else values
-
     @field_validator("device")
     @classmethod
     def _device_is_known(cls, device: str | list[str] | None) -> str | list[str] | None:
@@ -133,13 +146,6 @@ class RerankSettings(BaseModel):
                     f"device={name!r}: not one of {', '.join(DEVICE_KINDS)}, with or without an index (cuda:1)"
                 )
         return device
-
-    @field_validator(*COUNTS, mode="before")
-    @classmethod
-    def _count_is_no_truth_value(cls, value: object, info: ValidationInfo) -> object:
-        if isinstance(value, bool):  # which is an int in Python
-            raise ValueError(f"{info.field_name}={value}: expected a whole number")
-        return value
 
     @field_validator("model", "peft_path", "cache_dir", mode="before")
     @classmethod

@@ -3,6 +3,7 @@
 import inspect
 import pickle
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,8 @@ from conftest import DATA
 from pydantic import ValidationError
 
 from bge_rerank_plugins import RerankSettings, Scorer
+from bge_rerank_plugins.evaluation.settings import EvaluationSettings
+from bge_rerank_plugins.finetune import FinetuneSettings, MineSettings
 
 
 def test_the_scorer_takes_every_option_with_its_default() -> None:
@@ -82,6 +85,30 @@ def test_the_token_is_never_shown_or_serialised() -> None:
         RerankSettings(token="secret")  # type: ignore[call-arg]
     assert "secret" not in str(refused.value)
     assert pickle.loads(pickle.dumps(settings)).token == "secret"
+    with pytest.raises(ValidationError, match="output_dir") as refused:
+        FinetuneSettings(token="secret")  # type: ignore[call-arg]
+    assert "secret" not in str(refused.value)
+    assert FinetuneSettings(model="m", data="d", output_dir="o", token="secret").token == "secret"
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (
+            lambda: FinetuneSettings(model="m", data="d", output_dir="o", lora_rank=True),
+            "lora_rank=True: expected a whole",
+        ),
+        (
+            lambda: FinetuneSettings(model="m", data="d", output_dir="o", held_out=False),
+            "held_out=False: expected a number",
+        ),
+        (lambda: MineSettings(first=True), "first=True: expected a whole number"),
+        (lambda: EvaluationSettings(data="d", top_k=True), "top_k=True: expected a whole number"),
+    ],
+)
+def test_a_truth_value_is_no_number_anywhere(make: Callable[[], object], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        make()
 
 
 def test_settings_make_the_same_scorer() -> None:

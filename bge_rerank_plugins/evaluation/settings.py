@@ -5,15 +5,17 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import ConfigDict, Field, field_validator, model_validator
 from typing_extensions import Self
+
+from ..settings import Settings
 
 STANDARD_LIBRARY = "standard-library"
 DEFAULT_TOP_K = 100
 MEASURES = ["nDCG@10", "RR@10", "AP", "R@10", "Success@10"]
 
 
-class EvaluationSettings(BaseModel):
+class EvaluationSettings(Settings):
     """What is evaluated, on which candidates, and with which measures.
 
     Raises:

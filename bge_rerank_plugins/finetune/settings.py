@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import ConfigDict, Field, ValidationInfo, field_validator
+
+from ..settings import Settings
 
 TRAINING_ARGUMENTS = (
     "output_dir",
@@ -26,7 +28,7 @@ TRAINING_ARGUMENTS = (
 """Fields of `FinetuneSettings` that `TrainingArguments` takes as they are."""
 
 
-class FinetuneSettings(BaseModel):
+class FinetuneSettings(Settings):
     """The options of one training run.
 
     Raises:
@@ -185,7 +187,7 @@ class FinetuneSettings(BaseModel):
         return self.query_max_len + self.passage_max_len
 
 
-class MineSettings(BaseModel):
+class MineSettings(Settings):
     """The options of mining hard negatives.
 
     Raises:
