@@ -1,5 +1,6 @@
 """Linear layers in whole numbers of 8 bits: exactly what was meant to be rounded is, and rankings stay."""
 
+import weakref
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -20,6 +21,13 @@ from bge_rerank_plugins.core.inplace import Workspace, add_product, put_product
 
 CPU = torch.device("cpu")
 needs_operators = pytest.mark.skipif(not int8.can_multiply_int8(), reason="this torch has no such operators")
+
+
+@pytest.fixture
+def tried_again() -> Iterator[None]:
+    int8.can_multiply_int8.cache_clear()
+    yield
+    int8.can_multiply_int8.cache_clear()
 
 
 def made(rows: int, inputs: int, outputs: int, *, bias: bool = True) -> tuple[nn.Linear, Tensor]:
@@ -113,6 +121,47 @@ def test_every_layer_of_every_family_is_rounded_and_no_head(name: str, of_a_laye
 
 
 @needs_operators
+def test_weights_are_rounded_one_after_the_other_and_never_there_twice() -> None:
+    model = nn.Sequential(*(nn.Sequential(nn.Linear(8, 8), nn.ReLU()) for _ in range(6)))
+    exact = [weakref.ref(block[0]) for block in model]
+    left: list[int] = []
+
+    class Counting(int8.Int8Linear):
+        def __init__(self, layer: nn.Linear) -> None:
+            left.append(sum(each() is not None for each in exact))
+            super().__init__(layer)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(int8, "Int8Linear", Counting)
+        int8.round_linear_layers(model)
+    assert left == [6, 5, 4, 3, 2, 1]
+    assert not any(each() for each in exact)
+
+
+@needs_operators
+def test_layers_that_are_loaded_later_are_rounded_too() -> None:
+    texts = ["panda", "the giant panda is a bear " * 5, ""]
+    model = str(DATA / "layerwise")
+    with Scorer(model, dtype="int8", cutoff_layer=3) as scorer:
+        scorer.score("what is panda?", texts)
+        layers = scorer.score_layers("what is panda?", texts, range(3, 12, 4))
+    for layer, scores in layers.items():
+        with Scorer(model, dtype="int8", cutoff_layer=layer) as scorer:
+            assert scores == pytest.approx(scorer.score("what is panda?", texts), abs=1e-6)
+
+
+@needs_operators
+@pytest.mark.usefixtures("tried_again")
+def test_the_operators_are_tried_in_float32_whatever_the_default_is() -> None:
+    """In a process that computes in bfloat16 they were taken to be missing, for good."""
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert int8.can_multiply_int8()
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@needs_operators
 @pytest.mark.parametrize("model", ["embedded", "embedded-decoder", "embedded-layerwise"])
 def test_int8_keeps_the_ranking_of_the_embedded_models(model: str) -> None:
     from scipy.stats import spearmanr
@@ -140,7 +189,7 @@ def test_scores_do_not_depend_on_company_or_budget(name: str) -> None:
 
 
 def test_int8_is_for_a_cpu_only() -> None:
-    with pytest.raises(ValueError, match="dtype='int8': for a CPU only, and the device is cuda:0; use 'bfloat16'"):
+    with pytest.raises(ValueError, match="dtype='int8': for a CPU only, and the device is cuda:0; use 'fast'"):
         choose_precision("int8", torch.device("cuda:0"), float16_is_safe=True)
 
 
@@ -161,13 +210,6 @@ def in_bits(bits: int) -> Any:
         return pairs.sum(-1) * scales
 
     return product
-
-
-@pytest.fixture
-def tried_again() -> Iterator[None]:
-    int8.can_multiply_int8.cache_clear()
-    yield
-    int8.can_multiply_int8.cache_clear()
 
 
 def other_operators(patch: pytest.MonkeyPatch, product: Any) -> None:

@@ -67,7 +67,7 @@ def choose_precision(dtype: str, device: torch.device, *, float16_is_safe: bool)
         ValueError: "int8" elsewhere than on a CPU, or on one for which this torch does not have it.
     """
     if dtype == "int8" and device.type != "cpu":
-        raise ValueError(f"dtype='int8': for a CPU only, and the device is {device}; use 'bfloat16' or 'float16'")
+        raise ValueError(f"dtype='int8': for a CPU only, and the device is {device}; use 'fast'")
     if dtype == "int8" and not can_multiply_int8():
         raise ValueError("dtype='int8': this torch does not multiply such numbers on this processor; use 'float32'")
     if dtype not in ("auto", "fast"):
@@ -83,7 +83,8 @@ def choose_precision(dtype: str, device: torch.device, *, float16_is_safe: bool)
     if device.type == "cpu":
         if cpu_has_bfloat16():
             return Precision(torch.bfloat16, "this processor multiplies bfloat16 (AVX512-BF16 or AMX)")
-        return Precision(torch.float32, "this processor has no bfloat16 arithmetic; 'int8' is faster, if less exact")
+        faster = "; 'int8' is faster, if less exact" if can_multiply_int8() else ""
+        return Precision(torch.float32, f"this processor has no bfloat16 arithmetic{faster}")
     if float16_is_safe:
         return Precision(torch.float16, f"float16 is the fast one on {device.type}")
     return Precision(torch.float32, "this family overflows in float16")

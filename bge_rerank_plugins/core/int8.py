@@ -86,7 +86,7 @@ class Int8Linear(nn.Module):
 
 def round_linear_layers(model: nn.Module) -> None:
     """Replaces the linear layers of a model on a CPU, in float32, one after the other: their weights are never there twice."""
-    for module in list(model.modules()):
+    for module in [each for each in model.modules() if type(each) is not nn.Linear]:
         for name, child in list(module.named_children()):
             if type(child) is nn.Linear:
                 setattr(module, name, Int8Linear(child))

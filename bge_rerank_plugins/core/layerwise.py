@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from numbers import Integral
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -223,7 +222,7 @@ def layers_of(checkpoint: Checkpoint) -> range:
 def check_layers(cutoff_layers: Sequence[int], layers: range) -> None:
     """Raises ValueError for layers without a head, naming those with one."""
     for layer in cutoff_layers:
-        if isinstance(layer, bool) or not isinstance(layer, Integral) or layer not in layers:
+        if layer not in layers:
             raise ValueError(f"cutoff_layer={layer!r}: this checkpoint scores at layers {layers[0]} to {layers[-1]}")
 
 

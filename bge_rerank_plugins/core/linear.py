@@ -76,7 +76,7 @@ def rows_for(rows: int) -> int:
     oneDNN compiles code for every number of rows, which takes milliseconds, and keeps up to 1,024 such programs of up to a
     megabyte each; products of any number of rows would fill that.
     """
-    step = max(8, (1 << (rows.bit_length() - 1)) // 16)
+    step = max(8, (1 << rows.bit_length()) // 32)
     return -(-rows // step) * step
 
 
@@ -106,10 +106,10 @@ def can_pack(dtype: torch.dtype) -> bool:
 
 def trial() -> tuple[nn.Linear, Tensor]:
     """A small layer and states to try operators on, that are private to torch and may be gone or changed."""
-    layer = nn.Linear(48, 32).requires_grad_(False)
+    layer = nn.Linear(48, 32, dtype=torch.float32).requires_grad_(False)  # whatever the process's default is
     layer.weight.copy_(torch.arange(48 * 32).reshape(32, 48).remainder(7) / 7 - 0.4)
     layer.bias.copy_(torch.arange(32) / 32)
-    return layer, torch.arange(5 * 48).reshape(5, 48).remainder(11) / 11 - 0.5
+    return layer, torch.arange(5 * 48, dtype=torch.float32).reshape(5, 48).remainder(11) / 11 - 0.5
 
 
 def _agrees(dtype: torch.dtype) -> bool:
