@@ -34,7 +34,7 @@ from .pictures import check_picture
 from .ranking import RankedPassage, check_cut
 from .scorer import Scorer
 from .settings import RerankSettings
-from .terminal import error_lines, one_line, print_facts, print_table
+from .terminal import bar_is_hidden, error_lines, one_line, print_facts, print_table
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
@@ -230,7 +230,7 @@ def _layers(arguments: argparse.Namespace) -> None:
     with Scorer.from_settings(settings) as scorer:
         reports = compare_layers(scorer, requests, layers_of(checkpoint))
     print_table(
-        ("layer", "Kendall tau", f"top-{TOP} overlap", "ms per pair", "time"),
+        ("layer", "Kendall tau", f"top-{TOP} overlap", "ms per pair", "of the top's"),
         [
             (
                 str(report.layer),
@@ -242,6 +242,7 @@ def _layers(arguments: argparse.Namespace) -> None:
             for report in reports
         ],
     )
+    sys.stdout.write(f"tau and overlap: how far the order is that of the top layer, {reports[-1].layer}\n")
     if any(math.isnan(report.tau) for report in reports):
         sys.stdout.write("-: all scores of that layer, or of the top one, are equal; there is no order to compare\n")
     if arguments.plot is not None:
@@ -285,7 +286,7 @@ def _verify(arguments: argparse.Namespace) -> None:
 def _add_export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help=RerankSettings.model_fields["model"].description)
     parser.add_argument("directory", metavar="DIR", type=Path, help="where to write it; must be empty or new")
-    parser.add_argument("--int8", action="store_true", help="write a graph with 8-bit weights, too")
+    parser.add_argument("--int8", action="store_true", help="write an int8 graph, too")
     add_settings(parser, without=UNUSED["export-onnx"])
 
 
@@ -368,7 +369,7 @@ def _progress_bar(shown: bool | None) -> Iterator[Callable[[], object]]:
     """A count of lines on standard error; None shows it where that is a terminal."""
     from tqdm import tqdm
 
-    with tqdm(unit=" lines", desc="Reranking", disable=None if shown is None else not shown) as bar:
+    with tqdm(unit=" lines", desc="Reranking", disable=bar_is_hidden(shown)) as bar:
         yield bar.update
 
 

@@ -17,7 +17,14 @@ from .call import ENCODE_AT_ONCE, Call, chunks_of, progress_bar
 from .lease import Lease
 from .ranking import RankedPassage, check_cut, rank_scores, sigmoid
 from .settings import Dtype, RerankSettings
-from .texts import checked_requests, checked_texts, requests_of_pairs, scores_by_request, stream_of_requests
+from .texts import (
+    checked_layers,
+    checked_requests,
+    checked_texts,
+    requests_of_pairs,
+    scores_by_request,
+    stream_of_requests,
+)
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -192,12 +199,10 @@ class Scorer:
             ValueError: Not a layerwise model, or a layer without a scoring head; the message names the range.
         """
         texts = checked_texts(query, passages)
-        if isinstance(cutoff_layers, (str, bytes)) or not isinstance(cutoff_layers, Iterable):
-            raise ValueError(f"cutoff_layers={cutoff_layers!r}: expected a list of layers")
-        cutoff_layers = list(cutoff_layers)
+        asked = checked_layers(cutoff_layers)
         if not texts:
-            return {layer: [] for layer in cutoff_layers}
-        layers = self._checked_layers(cutoff_layers)
+            return {layer: [] for layer in asked}
+        layers = self._layers(asked)
         rows = self._raw_scores([(query, texts)], layers)[0]
         return {layer: self._normalized([row[i] for row in rows]) for i, layer in enumerate(layers)}
 
@@ -327,7 +332,7 @@ class Scorer:
         self._lease = Lease(self._settings)
         self._warned = False
 
-    def _checked_layers(self, cutoff_layers: Sequence[int]) -> tuple[int, ...]:
+    def _layers(self, cutoff_layers: list[int]) -> tuple[int, ...]:
         _, family = self._lease.loaded()
         if family.layers is None:
             raise ValueError(f"cutoff_layers={cutoff_layers}: {self._settings.model!r} is no layerwise checkpoint")
@@ -397,10 +402,11 @@ class Scorer:
             self._warned = True
             splits = self._settings.long_passages == "split"  # all but what the query leaves no room
             logger.warning(
-                "%d of this call's passages were cut to fit max_length=%d tokens together with the query; "
+                "%s: passages were cut to fit max_length=%d tokens together with the query, %d in this call; "
                 "%s (said once per scorer)",
-                call.truncated,
+                self._settings.model,
                 family.max_length,
+                call.truncated,
                 "a smaller query_max_length leaves them room" if splits else "long_passages='split' scores them whole",
             )
 

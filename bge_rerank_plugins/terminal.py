@@ -1,4 +1,4 @@
-"""What people read on a terminal: facts and tables in plain text, errors in one line."""
+"""What people read on a terminal: facts and tables in plain text, errors in one line, whether there is a progress bar."""
 
 from __future__ import annotations
 
@@ -33,6 +33,13 @@ def print_table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
             for cell, width in zip(row, widths, strict=True)
         ]
         sys.stdout.write("  ".join(cells).rstrip() + "\n")
+
+
+def bar_is_hidden(shown: bool | None) -> bool | None:
+    """What tqdm calls `disable`. None is for it to decide: a bar where standard error is a terminal; none where it is closed."""
+    if sys.stderr is None:
+        return True
+    return None if shown is None else not shown
 
 
 def error_lines(error: Exception) -> list[str]:

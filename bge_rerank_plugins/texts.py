@@ -1,6 +1,7 @@
-"""Is it text? The checks on what is given to be scored. Knows nothing of tokens or models."""
+"""Is it text? The checks on what is given to be scored, layers among it. Knows nothing of tokens or models."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from numbers import Integral
 from typing import Any, TypeVar
 
 _T = TypeVar("_T")
@@ -19,6 +20,21 @@ def checked_texts(query: str, passages: Iterable[str]) -> list[str]:
     for index, text in enumerate(texts):
         check_text(text, f"passages[{index}]")
     return texts
+
+
+def checked_layers(cutoff_layers: Iterable[int]) -> list[int]:
+    """The layers as Python's own numbers.
+
+    Raises:
+        ValueError: There is no list, or something in it is no whole number.
+    """
+    if isinstance(cutoff_layers, (str, bytes)) or not isinstance(cutoff_layers, Iterable):
+        raise ValueError(f"cutoff_layers={cutoff_layers!r}: expected a list of layers")
+    layers = list(cutoff_layers)
+    for layer in layers:
+        if isinstance(layer, bool) or not isinstance(layer, Integral):
+            raise ValueError(f"cutoff_layers={layers!r}: expected whole numbers, got {layer!r}")
+    return [int(layer) for layer in layers]
 
 
 def checked_requests(requests: Iterable[tuple[str, Sequence[str]]]) -> list[tuple[str, list[str]]]:

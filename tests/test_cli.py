@@ -55,6 +55,16 @@ def bge_rerank(*argv: str, stdin: bytes = b"") -> Result:
     return Result(status, out.buffer.getvalue(), err.getvalue())  # type: ignore[attr-defined]
 
 
+def test_standard_error_that_is_closed_costs_the_progress_bar_only(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    file = tmp_path / "lines.jsonl"
+    file.write_bytes(GOOD + b"\n")
+    monkeypatch.setattr(sys, "stderr", None)
+    assert main(["rerank", str(file), "--model", ENCODER, "--output", str(tmp_path / "ranked.jsonl")]) == 0
+    assert len(json.loads((tmp_path / "ranked.jsonl").read_text())["ranking"]) == len(PASSAGES)
+
+
 def rerank(*argv: str, stdin: bytes = b"") -> Result:
     return bge_rerank("rerank", "--model", ENCODER, *argv, stdin=stdin)
 

@@ -156,11 +156,32 @@ def test_corrupt_input_is_one_line_and_status_2_and_nothing_is_overwritten(
     assert {path.read_text() for path in output.iterdir()} == {"mine"}
 
 
+def test_a_precision_that_this_machine_does_not_have_is_found_first(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bge_rerank_plugins.core.device.can_multiply_int8", lambda: False)
+    assert main(["eval", str(folder), "--models", ENCODER, "--dtype", "int8"]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "", "candidates were looked for"
+    assert "dtype='int8': this torch does not multiply such numbers" in captured.err
+
+
+def test_an_output_without_matplotlib_is_refused_first(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert main(["eval", str(folder), "--models", ENCODER, "--output", str(tmp_path / "out")]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert 'pip install "bge-rerank-plugins[eval]"' in captured.err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ([], "corpus is missing: give a data set, or its corpus, queries and qrels"),
-        (["nowhere"], "nowhere: No such file or directory"),
+        (["nowhere"], "nowhere: there is no such file or folder; standard-library needs none"),
+        (["nowhere", "--models", "/nowhere"], "nowhere: there is no such file"),
         (["FOLDER", "--split", "dev"], "dev.tsv: No such file or directory"),
         (["FOLDER", "--measures", "beauty"], "measures='beauty': ir_measures does not know it"),
         (["FOLDER", "--models", ","], "--models=',': name at least one model"),

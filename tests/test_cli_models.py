@@ -25,7 +25,8 @@ def test_layers_prints_a_row_for_every_layer_and_draws_them(
 ) -> None:
     plot = tmp_path / "layers.png"
     assert main(["layers", str(DATA / "layerwise"), "--data", data, "--plot", str(plot)]) == 0
-    lines = capsys.readouterr().out.splitlines()
+    *lines, legend = capsys.readouterr().out.splitlines()
+    assert legend == "tau and overlap: how far the order is that of the top layer, 11"
     assert [line.split()[0] for line in lines] == ["layer", *map(str, range(3, 12))]
     assert lines[-1].split()[1:3] == ["1.000", "1.000"]
     assert max(map(len, lines)) <= 80
@@ -35,7 +36,7 @@ def test_layers_prints_a_row_for_every_layer_and_draws_them(
 def test_layers_that_order_nothing_say_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "data.jsonl").write_text('{"query": "panda", "passages": ["bear", "bear"]}\n')
     assert main(["layers", str(DATA / "layerwise"), "--data", str(tmp_path / "data.jsonl")]) == 0
-    *_, last, note = capsys.readouterr().out.splitlines()
+    *_, last, _, note = capsys.readouterr().out.splitlines()
     assert last.split()[:3] == ["11", "-", "1.000"]
     assert note.startswith("-: all scores of that layer, or of the top one, are equal")
 

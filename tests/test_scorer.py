@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from conftest import DATA
 from hypothesis import given
@@ -471,6 +472,26 @@ def test_what_are_no_layers_is_refused(layers: object) -> None:
 def test_what_is_no_list_of_layers_is_refused_with_nothing_to_score(layers: object) -> None:
     with pytest.raises(ValueError, match=f"cutoff_layers={layers!r}: expected a list of layers"):
         Scorer("/no/such/model").score_layers("a", [], layers)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("layers", [["x"], [None], [5.0], [True]])
+def test_what_is_no_layer_is_refused_with_nothing_to_score(layers: list[object]) -> None:
+    with pytest.raises(ValueError, match=r"cutoff_layers=\[.*\]: expected whole numbers"):
+        Scorer("/no/such/model").score_layers("a", [], layers)  # type: ignore[arg-type]
+
+
+def test_layers_may_be_numpys_numbers() -> None:
+    with Scorer(str(DATA / "layerwise")) as scorer:
+        scores = scorer.score_layers("a", ["b"], np.array([3, 9]))  # type: ignore[arg-type]
+        assert scores == scorer.score_layers("a", ["b"], [3, 9])
+        assert [type(layer) for layer in scores] == [int, int]
+
+
+def test_a_progress_bar_without_standard_error_is_none(encoder_dir: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a service without a terminal: it cost the scores."""
+    monkeypatch.setattr(sys, "stderr", None)
+    with Scorer(encoder_dir, show_progress=True) as scorer:
+        assert len(scorer.score("a", ["b"])) == 1
 
 
 def test_layers_may_come_from_a_generator() -> None:

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 from ..arguments import add_fields, add_settings, fields_of, flag_of, settings_of
 from ..demo import PUBLISHED_MODEL
 from ..jsonl import InputError
-from ..pictures import check_picture
+from ..pictures import check_picture, new_figure
 from ..scorer import Scorer
 from ..settings import RerankSettings
-from ..terminal import print_table
+from ..terminal import bar_is_hidden, print_table
 from .settings import DEFAULT_TOP_K, STANDARD_LIBRARY, EvaluationSettings
 
 if TYPE_CHECKING:
@@ -87,9 +87,7 @@ def run(arguments: argparse.Namespace) -> None:
     from .report import notes, plot, table
 
     total = len(data.queries) * len(settings)
-    with tqdm(
-        total=total, unit=" queries", desc="Reranking", disable=None if progress is None else not progress
-    ) as bar:
+    with tqdm(total=total, unit=" queries", desc="Reranking", disable=bar_is_hidden(progress)) as bar:
         report = evaluate(
             data,
             candidates,
@@ -162,11 +160,15 @@ def _check_files(arguments: argparse.Namespace) -> None:
         raise InputError(f"--output {output or repr(output)}: that is no directory")
     if arguments.plot is not None:
         check_picture("--plot", arguments.plot, "eval")
+    elif output is not None:
+        new_figure("eval")  # which is drawn there
 
 
 def _check_options(options: EvaluationSettings) -> None:
     """Raises InputError for an option that another one leaves without effect."""
     data = options.data
+    if data not in (None, STANDARD_LIBRARY) and not Path(data).exists():
+        raise InputError(f"{data}: there is no such file or folder; {STANDARD_LIBRARY} needs none")
     is_folder = data is not None and data != STANDARD_LIBRARY and Path(data).is_dir()
     unused = (
         ("split", not is_folder, f"goes with a folder in BEIR's layout; {data or '--corpus'} is none"),

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..files import write_whole
+from ..terminal import bar_is_hidden
 from .batches import Collator
 from .data import Group, Groups
 from .losses import ranking_loss
@@ -149,13 +150,12 @@ class Progress(TrainerCallback):
         """Starts the bar where the training starts, or goes on."""
         from tqdm import tqdm
 
-        hidden = None if self._shown is None else not self._shown
         self._bar = tqdm(
             desc="Training",
             unit="step",
             total=state.max_steps,
             initial=state.global_step,
-            disable=hidden if state.is_world_process_zero else True,
+            disable=bar_is_hidden(self._shown) if state.is_world_process_zero else True,
         )
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
