@@ -105,7 +105,7 @@ def run(queries: Sequence[str], settings: RerankSettings, framework: str, *, can
     console.print()
     if settings.model == "embedded":
         console.print(
-            "The embedded model is a small one, for demos and tests. The real default is "
+            "The embedded model is a small one, for demos and tests. For real use, take "
             f"{PUBLISHED_MODEL}: bge-rerank demo --model {PUBLISHED_MODEL}"
         )
 
@@ -263,8 +263,11 @@ def _print_rankings(console: Console, found: Sequence[Candidate], reranked: Sequ
 
 
 def _cut(name: str, width: int) -> str:
-    """A dotted name without its beginning, which tells least, where it is too long."""
-    return name if len(name) <= width else ".." + name[2 - width :]
+    """A dotted name without its first parts, which tell least, where it is too long."""
+    if len(name) <= width:
+        return name
+    kept = name[2 - width :]
+    return f"..{kept.partition('.')[2] or kept}"
 
 
 def _summary(docstring: Docstring, width: int) -> str:

@@ -44,7 +44,7 @@ def export_onnx(settings: RerankSettings, directory: Path, *, int8: bool = False
     Args:
         settings: The model; a LoRA adapter is merged.
         directory: Where to; made if need be.
-        int8: Whether to write a graph with 8-bit weights, too (dynamic quantisation, a scale per channel).
+        int8: Whether to write an int8 graph, too (dynamic quantisation, weights of 7 bits with a scale per channel).
 
     Returns:
         How well the graphs agree with torch on docstrings of the standard library.
