@@ -1,9 +1,9 @@
 """Small packs of cross-encoders on CUDA, replayed as graphs: one launch instead of one for every kernel of every layer.
 
 A graph computes on a buffer that never moves, so a pack is filled up to one of few sizes and its numbers are copied there. It
-is captured when a pack of its size first comes, and compared with the plain forward pass on that pack, not filled up; where that
-fails, for whatever reason, there are no graphs any more. All but capture and replay is the same on a CPU, where the tests run
-it. Knows nothing of requests or text.
+is captured when a pack of its size first comes, and compared with the plain forward pass on that pack, not filled up. Where it
+differs, or captures fail again and again, there are no graphs any more. All but capture and replay is the same on a CPU, where
+the tests run it. Knows nothing of requests or text.
 """
 
 from __future__ import annotations
@@ -35,8 +35,12 @@ SEQUENCES = 128
 """Sequences that a graph has room for."""
 
 TOLERANCE = 0.2
-"""How far a graph's scores may be from the plain ones, of the largest of them. Half precision rounds packs of other sizes
-otherwise, by some hundredths in checkpoints with wide weights; what is wrong with a graph is wrong by far."""
+"""How far a graph's scores may be from the plain ones: of the largest of them, or of 1 where none is larger, since a score may
+lie near 0. Half precision rounds packs of other sizes otherwise, by some hundredths in checkpoints with wide weights; what is
+wrong with a graph is wrong by far."""
+
+ATTEMPTS = 3
+"""Captures that may fail before there are no graphs any more: what another thread asks of the device can end one."""
 
 Run = Callable[[Tensor], Tensor]
 """From the numbers of a pack, in one buffer, to its scores."""
@@ -66,12 +70,12 @@ class Graphs:
         self._longest = min(family.max_length, SIZES[-1])
         self._segments: tuple[Segment, ...] = ()
         self._replays: dict[int, tuple[Tensor, Run]] = {}
-        self._failed = False
+        self._attempts_left = ATTEMPTS
 
     def score(self, sequences: Sequence[TokenSequence]) -> Tensor | None:
         """Raw scores of a pack, shape (sequences,); None if it is none for a graph."""
         tokens = sum(map(len, sequences))
-        if self._failed or tokens > SIZES[-1]:
+        if not self._attempts_left or tokens > SIZES[-1]:
             return None
         size = SIZES[bisect_left(SIZES, tokens)]
         filled = [*sequences, *self._fillers(size - tokens)]
@@ -106,13 +110,15 @@ class Graphs:
         try:
             replay = self._record(run, buffer)
             got = replay(buffer)[: len(sequences)]
-            difference = float((got - expected).abs().max() / expected.abs().max())
+            difference = float((got - expected).abs().max() / expected.abs().max().clamp(min=1))
             if not difference <= TOLERANCE:
+                self._attempts_left = 1  # what computes something else once is not tried again
                 raise ValueError(f"its scores are off by {difference:.2g} of the largest")
         except (RuntimeError, ValueError) as error:  # of torch, whose CUDA errors are RuntimeErrors, and of ours
-            logger.warning("no CUDA graphs, small packs take longer: %s", error, exc_info=True)
-            self._failed = True
-            self._replays.clear()
+            self._attempts_left -= 1
+            if not self._attempts_left:
+                logger.warning("no CUDA graphs, small packs take longer: %s", error, exc_info=True)
+                self._replays.clear()
             return False
         self._replays[size] = buffer, replay
         return True
@@ -172,8 +178,12 @@ class _Recorder:
                 run(buffer)
             current.wait_stream(self._stream)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
-                scores = run(buffer)
+            try:
+                with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+                    scores = run(buffer)
+            except BaseException:
+                torch.cuda.set_stream(current)  # where a capture cannot be ended, torch leaves the thread on its stream
+                raise
 
         def replay(_: Tensor) -> Tensor:
             graph.replay()
