@@ -304,7 +304,7 @@ def _attend_padded(
         k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
     longest = k.shape[2]
     real = torch.arange(longest, device=q.device) >= longest - pack.cu_seqlens_k.diff()[:, None]
-    mask = real[:, None, None, :].expand(-1, 1, q.shape[2], -1)
+    mask = real[:, None, None, :]
     visible = _visible(q.shape[2], longest, causal, window, q.device)
     if visible is not None:
         mask = mask & visible

@@ -6,6 +6,7 @@ every sequence that shares it; or it stood in an earlier pack, and they were kep
 beyond "put these index tensors there".
 """
 
+from array import array
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
@@ -188,7 +189,8 @@ class _Laid:
 
 def _in_one_copy(columns: dict[str, list[int]], device: torch.device) -> dict[str, Tensor]:
     """Lists as int64 tensors on a device, sent together; on CUDA from pinned memory, so that nobody waits for the copy."""
-    joined = torch.tensor([value for column in columns.values() for value in column], dtype=torch.int64)
+    # Arrays, since torch reads a list one number at a time, which takes it several times as long.
+    joined = torch.frombuffer(bytearray().join(array("q", column) for column in columns.values()), dtype=torch.int64)
     pinned = device.type == "cuda"
     if pinned:
         joined = joined.pin_memory()
