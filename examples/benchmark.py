@@ -45,6 +45,9 @@ _T = TypeVar("_T")
 
 QUERY = "How do I read a file line by line without loading all of it into memory?"
 
+MORE_WARMUPS = 5
+"""Requests before those that are timed where they take milliseconds: graphs are captured, and kernels chosen, on the way."""
+
 
 @dataclass(frozen=True)
 class Workload:
@@ -96,7 +99,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         shape = FAMILIES[options.family].shapes[options.size]
         dtype: torch.dtype = getattr(torch, options.dtype)
-        directory = make_checkpoint(options.family, shape, Path(folder), dtype)
+        directory = make_checkpoint(options.family, shape, Path(folder), dtype, options.tokenizer)
         workloads = [w for w in _workloads(options, documents, directory) if w.name in (options.workload or w.name)]
         ceiling = _ceiling(shape, options.device, dtype)
         console.print(
@@ -107,7 +110,7 @@ def main() -> None:
         with ExitStack() as stack:
             contenders = _contenders(options, directory, console, stack)
             for workload in workloads:
-                rows = _in_turns(workload, contenders, options.runs, directory, shape, ceiling, options.family, console)
+                rows = _in_turns(workload, contenders, options, directory, shape, ceiling, console)
                 _show(console, rows)
                 results += rows
                 if options.json:  # after each, lest a run that breaks off loses all
@@ -120,7 +123,7 @@ def _write(results: list[Result], options: argparse.Namespace) -> None:
     facts = {
         "machine": _machine(options.device),
         "versions": _versions(),
-        "options": {name: value for name, value in vars(options).items() if name not in ("json", "plot")},
+        "options": {name: value for name, value in vars(options).items() if name not in ("json", "plot", "tokenizer")},
         "date": time.strftime("%F"),
     }
     rows = [asdict(result) | {"median": result.median, "share": result.share} for result in results]
@@ -139,6 +142,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--workload", action="append", help="name of a workload; all by default")
     parser.add_argument("--peer", action="append", help="name of a peer; all by default, 'none' for none")
     parser.add_argument("--load", action="store_true", help="many requests at once against one after another, instead")
+    parser.add_argument(
+        "--tokenizer", type=Path, help="tokenizer.json for cross-encoders, where the extra demo is not installed"
+    )
     parser.add_argument("--json", help="file for the results")
     parser.add_argument("--plot", help="PNG file for a picture of them (matplotlib)")
     return parser.parse_args()
@@ -198,15 +204,14 @@ def _tried(name: str, work: Callable[[], _T], console: Console) -> _T | None:
 def _in_turns(
     workload: Workload,
     contenders: dict[str, Contender],
-    runs: int,
+    options: argparse.Namespace,
     directory: Path,
     shape: Shape,
     ceiling: float,
-    family: str,
     console: Console,
 ) -> list[Result]:
-    """Every contender once to warm up, then all of them in turns; a peer that fails is left out, by name."""
-    lengths, prefix = _lengths(directory, family, workload)
+    """Every contender to warm up, then all of them in turns; a peer that fails is left out, by name."""
+    lengths, prefix = _lengths(directory, options.family, workload)
     flop = [shape.necessary_flop(length, prefix) for length in lengths]
     tflop = (flop[0][0] + sum(own for _, own in flop)) / 1e12  # the query once
     score = {
@@ -215,9 +220,12 @@ def _in_turns(
     first = {name: _tried(name, score[name], console) for name in score}
     scores = {name: found[0] for name, found in first.items() if found is not None}
     seconds: dict[str, list[float]] = {name: [] for name in scores}
-    for _ in range(runs):
+    more = 0 if options.device == "cpu" else MORE_WARMUPS
+    for run in range(-more, options.runs):
         for name in scores:
-            seconds[name].append(score[name]()[1])
+            taken = score[name]()[1]
+            if run >= 0:
+                seconds[name].append(taken)
     ours = scores[OURS]
     return [
         Result(
@@ -272,7 +280,7 @@ def _timed(left: torch.Tensor, weight: torch.Tensor, times: int) -> float:
     for _ in range(times):
         torch.nn.functional.linear(left, weight)
     if left.device.type == "cuda":
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(left.device)
     return (time.perf_counter() - start) / times
 
 
@@ -316,7 +324,7 @@ def _plot(results: list[Result], title: str, path: str) -> None:
 
 def _machine(device: str) -> str:
     if device.startswith("cuda"):
-        return torch.cuda.get_device_name()
+        return torch.cuda.get_device_name(device)
     return f"{torch.get_num_threads()} threads, {platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
 
 

@@ -1,7 +1,7 @@
 """What a service feels: many requests at once against one after another, and the event loop meanwhile.
 
     python examples/benchmark_load.py                # the embedded model
-    python examples/benchmark_load.py --model BAAI/bge-reranker-v2-m3 --device cuda --dtype fast
+    python examples/benchmark_load.py --model BAAI/bge-reranker-v2-m3 --device cuda --dtype fast    # once downloaded
     python examples/benchmark_load.py --scaling      # time per token of 10 to 10,000 passages
     python examples/benchmark_load.py --stream 1000000 --model tests/data/encoder    # memory of a long stream
 

@@ -60,12 +60,17 @@ class FamilyModel:
 
     shapes: dict[str, Shape]
     make: Callable[[Shape, Path, torch.dtype], None]
+    tokenizer: Callable[[], Path]
+    """Finds the tokenizer.json of its checkpoints."""
 
 
-def make_checkpoint(family: str, shape: Shape, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
-    """A random checkpoint in `folder`, in the published layout."""
+def make_checkpoint(
+    family: str, shape: Shape, folder: Path, dtype: torch.dtype = torch.float32, tokenizer: Path | None = None
+) -> Path:
+    """A random checkpoint in `folder`, in the published layout, with the family's tokenizer or another one."""
     torch.manual_seed(0)
     FAMILIES[family].make(shape, folder, dtype)
+    shutil.copy(tokenizer or FAMILIES[family].tokenizer(), folder / "tokenizer.json")
     return folder
 
 
@@ -86,7 +91,6 @@ def _encoder(shape: Shape, folder: Path, dtype: torch.dtype) -> None:
         initializer_range=0.05,
     )
     XLMRobertaForSequenceClassification(config).to(dtype).save_pretrained(folder)
-    shutil.copy(embedded_base() / "tokenizer.json", folder)
     names = {
         "cls_token": "[CLS]",
         "sep_token": "[SEP]",
@@ -113,7 +117,7 @@ def _decoder(shape: Shape, folder: Path, dtype: torch.dtype) -> None:
         initializer_range=0.03,
     )
     GemmaForCausalLM(config).to(dtype).save_pretrained(folder)
-    _copy_tokenizer("decoder", folder)
+    _copy_tokenizer_config("decoder", folder)
 
 
 def _layerwise(shape: Shape, folder: Path, dtype: torch.dtype) -> None:
@@ -150,11 +154,11 @@ def _layerwise(shape: Shape, folder: Path, dtype: torch.dtype) -> None:
         for name, size in weights.items()
     }
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    _copy_tokenizer("layerwise", folder)
+    _copy_tokenizer_config("layerwise", folder)
 
 
-def _copy_tokenizer(family: str, folder: Path) -> None:
-    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
+def _copy_tokenizer_config(family: str, folder: Path) -> None:
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
         shutil.copy(TOKENIZERS / family / name, folder)
 
 
@@ -165,6 +169,7 @@ FAMILIES = {
             "full": Shape(24, 1024, 4096, 16, 16, 64, 30522),  # bge-reranker-large and -v2-m3
         },
         _encoder,
+        lambda: embedded_base() / "tokenizer.json",
     ),
     "decoder": FamilyModel(
         {
@@ -172,6 +177,7 @@ FAMILIES = {
             "full": Shape(18, 2048, 16384, 8, 1, 256, 256000, gated=True),  # gemma-2b
         },
         _decoder,
+        lambda: TOKENIZERS / "decoder" / "tokenizer.json",
     ),
     "layerwise": FamilyModel(
         {
@@ -179,5 +185,6 @@ FAMILIES = {
             "full": Shape(40, 2304, 5760, 36, 36, 64, 122753, gated=True),  # MiniCPM-2B
         },
         _layerwise,
+        lambda: TOKENIZERS / "layerwise" / "tokenizer.json",
     ),
 }

@@ -104,6 +104,9 @@ def _onnx_runtime(file: str) -> Make:
     def make(directory: Path, dtype: torch.dtype, device: str) -> Score:
         from bge_rerank_plugins.onnx import OnnxScorer
 
+        runtime = _import("onnxruntime", "onnxruntime")
+        if device != "cpu" and "CUDAExecutionProvider" not in runtime.get_available_providers():
+            raise PeerMissing("this ONNX Runtime is for CPUs")  # known before minutes go into graphs
         return OnnxScorer(str(_exported(directory)), file=file, device=device).score
 
     return make
