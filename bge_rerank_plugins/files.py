@@ -22,9 +22,11 @@ def opened(file: str, output: str) -> Iterator[tuple[BinaryIO, BinaryIO]]:
         output: What to write to; "-" for standard output.
 
     Raises:
-        InputError: The output is the input, or a standard stream is closed.
+        InputError: The output is the input or has no name, or a standard stream is closed.
         OSError: One of them cannot be opened.
     """
+    if not output:
+        raise InputError("--output '': name a file, or - for standard output")
     if file == "-" and sys.stdin is None:
         raise InputError("standard input is closed")
     source = sys.stdin.buffer if file == "-" else Path(file).open("rb")  # noqa: SIM115

@@ -5,7 +5,7 @@ Takes the text out of documents, asks the scorer, writes scores into copies. Kno
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from types import EllipsisType
 from typing import TYPE_CHECKING, Any
@@ -152,12 +152,10 @@ class BGERerank(AdapterSettings, BaseDocumentCompressor):
         return RunnableLambda(self._invoke, afunc=self._ainvoke, name=type(self).__name__)
 
     def _invoke(self, given: dict[str, Any]) -> list[Document]:
-        return self._compressed(
-            _listed(given["documents"]), given["query"]
-        )  # the step's own run is the one to be traced
+        return self._compressed(*_step_input(given))  # the step's own run is the one to be traced
 
     async def _ainvoke(self, given: dict[str, Any]) -> list[Document]:
-        return await self._acompressed(_listed(given["documents"]), given["query"])
+        return await self._acompressed(*_step_input(given))
 
     def rerank(
         self, documents: Sequence[Document | str], query: str, *, top_n: int | EllipsisType | None = ...
@@ -289,6 +287,17 @@ def _listed(documents: Iterable[Any]) -> list[Any]:
     if isinstance(documents, (str, Document)) or not isinstance(documents, Iterable):
         raise ValueError(f"documents={documents!r:.80}: expected a list")
     return list(documents)
+
+
+def _step_input(given: Any) -> tuple[list[Any], str]:
+    """What a step of a chain is given.
+
+    Raises:
+        ValueError: It is no dictionary of documents and query.
+    """
+    if not isinstance(given, Mapping) or not given.keys() >= {"documents", "query"}:
+        raise ValueError(f'input={given!r:.80}: expected {{"documents": ..., "query": ...}}')
+    return _listed(given["documents"]), given["query"]
 
 
 def _texts(documents: list[Any], *accepted: type) -> list[str]:

@@ -116,7 +116,8 @@ class RerankSettings(Settings):
     max_queued_tokens: int | None = Field(
         default=None,
         ge=1,
-        description="Most tokens that wait to be scored, over all callers; by default no bound.",
+        description="Most tokens that wait to be scored, over all callers; by default no bound. Where nothing waits, a call "
+        "of any size is let in.",
     )
     when_full: Literal["wait", "error"] = Field(
         default="wait", description="What a call does that meets max_queued_tokens: wait for room, or fail at once."

@@ -278,6 +278,7 @@ ERRORS = {
     "cutoff_layer": (["--cutoff-layer", "3"], "cutoff_layer=3"),
     "no such file": (["nowhere.jsonl"], "nowhere.jsonl: No such file or directory"),
     "a folder": ([str(DATA)], f"{DATA}: Is a directory"),
+    "no output": (["--output", ""], "--output '': name a file, or - for standard output"),
     "no such output": (["--output", "nowhere/out"], "nowhere/out: No such file or directory"),
 }
 

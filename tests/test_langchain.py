@@ -523,6 +523,15 @@ def test_a_batch_is_a_run_for_each_request(documents):
     assert [type(run["error"]) for run in failing.runs.values()] == [KeyError, KeyError]
 
 
+@pytest.mark.parametrize("given", ["x", {}, {"documents": []}, [("documents", [])], None])
+async def test_a_step_of_a_chain_says_what_it_takes(given):
+    step = BGERerank(model=MODEL).as_runnable()
+    with pytest.raises(ValueError, match=r'expected \{"documents": ..., "query": ...\}'):
+        step.invoke(given)
+    with pytest.raises(ValueError, match=r'expected \{"documents": ..., "query": ...\}'):
+        await step.ainvoke(given)
+
+
 async def test_a_step_of_a_chain_is_one_run_and_can_be_pickled(documents):
     step = BGERerank(model=MODEL, top_n=1).as_runnable()
     given = {"documents": documents, "query": QUERY}
