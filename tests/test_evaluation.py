@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from bge_rerank_plugins import Scorer
 from bge_rerank_plugins.evaluation import JudgedSet, bm25_run, encoder_run, evaluate
 from bge_rerank_plugins.evaluation.measures import measure, p_value, parse_measures, trec_scores
 from bge_rerank_plugins.evaluation.report import WIDTH, notes, plot, table
+from bge_rerank_plugins.evaluation.settings import MEASURES
 from bge_rerank_plugins.jsonl import InputError
 from bge_rerank_plugins.models import embedded_base
 
@@ -116,6 +118,13 @@ def test_an_unknown_measure_is_named() -> None:
     for wrong in ("beauty", "nDCG@@", "import os", "SDCG@10"):
         with pytest.raises(ValueError, match=f"measures='{wrong}': ir_measures does not know it"):
             parse_measures(["AP", wrong])
+
+
+def test_measures_are_read_without_what_pythons_parser_has_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    """ir_measures takes numbers for `ast.Num`, which Python warns of from 3.12 on and does not have from 3.14 on."""
+    if sys.version_info < (3, 12):
+        monkeypatch.delattr("ast.Num")
+    assert parse_measures(MEASURES) == [nDCG @ 10, RR @ 10, AP, R @ 10, Success @ 10]
 
 
 def test_nothing_is_judged_where_nothing_was_found() -> None:
