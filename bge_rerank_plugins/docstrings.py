@@ -71,9 +71,9 @@ class Pair:
 def standard_library() -> list[Docstring]:
     """Read the documentation of this interpreter's standard library, C-implemented objects included.
 
-    In a process of its own, which imports the public modules but for those whose import a user would notice:
-    in the caller's, a shell or a package may have put something else in their place. Nothing is printed,
-    warned about or read from the network.
+    A process of its own imports the public modules, all but those whose import a user would notice: in the
+    caller's process, a shell or a package may have put objects of its own in the place of some. Nothing is
+    printed, warned about or read from the network.
 
     Returns:
         About 5,500 docstrings, each text once, sorted by name: the same list in every process.

@@ -36,10 +36,10 @@ class Settings(BaseModel):
     @classmethod
     def _truth_value_is_no_number(cls, value: object, info: ValidationInfo) -> object:
         name = str(info.field_name)
-        if isinstance(value, bool):  # which is an int in Python
-            kinds = {*get_args(annotation := cls.model_fields[name].annotation)} or {annotation}
-            if bool not in kinds and kinds & {int, float}:
-                raise ValueError(f"{name}={value}: expected a {'whole ' if int in kinds else ''}number")
+        annotation = cls.model_fields[name].annotation
+        kinds = {*get_args(annotation)} or {annotation}
+        if isinstance(value, bool) and bool not in kinds and kinds & {int, float}:  # in Python it is an int
+            raise ValueError(f"{name}={value}: expected a {'whole ' if int in kinds else ''}number")
         return value
 
 

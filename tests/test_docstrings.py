@@ -15,7 +15,7 @@ import contextlib, hashlib, io, pathlib, runpy, sys
 with contextlib.redirect_stdout(io.StringIO()) as corpus:
     runpy.run_module("bge_rerank_plugins.docstrings", run_name="__main__")
 digest = hashlib.sha256(corpus.getvalue().encode()).hexdigest()
-unwanted = {"antigravity", "this", "idlelib", "tkinter", "turtle", "test", "readline", "torch"}
+unwanted = {"antigravity", "this", "idlelib", "tkinter", "turtle", "test", "torch"}
 imported = {name.partition(".")[0] for name in sys.modules} & unwanted
 pathlib.Path(sys.argv[1]).write_text(f"{digest} {sorted(imported)}")
 """
