@@ -52,7 +52,7 @@ def test_a_picture_goes_through_a_pipe_and_leaves_it_there(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("name", ["picture.foo", "picture.pgf"])
 def test_a_picture_that_could_not_be_drawn_is_refused(name: str, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=rf"{name}: .* is none of \..*, \.eps, "):
+    with pytest.raises(InputError, match=rf"{name}: .* is none of .*\.eps, "):
         check_picture("--plot", str(tmp_path / name), "plot")
 
 
