@@ -5,11 +5,12 @@ What the blocking and the async form of a call have in common. Knows nothing of 
 
 from __future__ import annotations
 
-import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
+
+from .terminal import bar_is_hidden
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
@@ -112,7 +113,7 @@ def chunks_of(requests: Iterable[tuple[str, Sequence[str]]]) -> Iterator[tuple[s
 @contextmanager
 def progress_bar(total: int, shown: bool) -> Iterator[Callable[[list[float]], list[float]]]:
     """A progress bar on standard error; what is given passes a list of scores through and counts it."""
-    if not shown or sys.stderr is None:  # closed
+    if bar_is_hidden(shown):
         yield lambda scores: scores
         return
     from tqdm.auto import tqdm

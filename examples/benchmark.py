@@ -219,13 +219,13 @@ def _in_turns(
     }
     first = {name: _tried(name, score[name], console) for name in score}
     scores = {name: found[0] for name, found in first.items() if found is not None}
-    seconds: dict[str, list[float]] = {name: [] for name in scores}
-    more = 0 if options.device == "cpu" else MORE_WARMUPS
-    for run in range(-more, options.runs):
+    for _ in range(0 if options.device == "cpu" else MORE_WARMUPS):
         for name in scores:
-            taken = score[name]()[1]
-            if run >= 0:
-                seconds[name].append(taken)
+            score[name]()
+    seconds: dict[str, list[float]] = {name: [] for name in scores}
+    for _ in range(options.runs):
+        for name in scores:
+            seconds[name].append(score[name]()[1])
     ours = scores[OURS]
     return [
         Result(

@@ -55,16 +55,6 @@ def bge_rerank(*argv: str, stdin: bytes = b"") -> Result:
     return Result(status, out.buffer.getvalue(), err.getvalue())  # type: ignore[attr-defined]
 
 
-def test_standard_error_that_is_closed_costs_the_progress_bar_only(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    file = tmp_path / "lines.jsonl"
-    file.write_bytes(GOOD + b"\n")
-    monkeypatch.setattr(sys, "stderr", None)
-    assert main(["rerank", str(file), "--model", ENCODER, "--output", str(tmp_path / "ranked.jsonl")]) == 0
-    assert len(json.loads((tmp_path / "ranked.jsonl").read_text())["ranking"]) == len(PASSAGES)
-
-
 def rerank(*argv: str, stdin: bytes = b"") -> Result:
     return bge_rerank("rerank", "--model", ENCODER, *argv, stdin=stdin)
 
@@ -264,6 +254,16 @@ def test_a_line_that_cannot_be_scored_is_named(tmp_path: Path) -> None:
     assert result.status == 2
     assert result.err.startswith("bge-rerank: <stdin>:2: the model's score of pair 0 is nan in float32")
     assert len(result.records) == 1
+
+
+def test_standard_error_that_is_closed_costs_the_progress_bar_only(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    file = tmp_path / "lines.jsonl"
+    file.write_bytes(GOOD + b"\n")
+    monkeypatch.setattr(sys, "stderr", None)
+    assert main(["rerank", str(file), "--model", ENCODER, "--output", str(tmp_path / "ranked.jsonl")]) == 0
+    assert len(json.loads((tmp_path / "ranked.jsonl").read_text())["ranking"]) == len(PASSAGES)
 
 
 ERRORS = {

@@ -154,8 +154,10 @@ def first_stage(data: JudgedSet, options: EvaluationSettings) -> Run:
 
 
 def _check_files(arguments: argparse.Namespace) -> None:
-    """Raises InputError for files that cannot be written in the end."""
-    output = arguments.output
+    """Raises InputError for data that is not there, and for files that could not be written in the end."""
+    data, output = arguments.data, arguments.output
+    if data not in (None, STANDARD_LIBRARY) and not Path(data).exists():
+        raise InputError(f"{data}: there is no such file or folder; {STANDARD_LIBRARY} needs none")
     if output is not None and (not output or (Path(output).exists() and not Path(output).is_dir())):
         raise InputError(f"--output {output or repr(output)}: that is no directory")
     if arguments.plot is not None:
@@ -167,8 +169,6 @@ def _check_files(arguments: argparse.Namespace) -> None:
 def _check_options(options: EvaluationSettings) -> None:
     """Raises InputError for an option that another one leaves without effect."""
     data = options.data
-    if data not in (None, STANDARD_LIBRARY) and not Path(data).exists():
-        raise InputError(f"{data}: there is no such file or folder; {STANDARD_LIBRARY} needs none")
     is_folder = data is not None and data != STANDARD_LIBRARY and Path(data).is_dir()
     unused = (
         ("split", not is_folder, f"goes with a folder in BEIR's layout; {data or '--corpus'} is none"),
