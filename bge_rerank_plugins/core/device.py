@@ -6,6 +6,9 @@ import torch
 
 from .int8 import can_multiply_int8
 
+_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
+"""What torch says when Apple's GPU, the CPU's allocator or CUDA's library of products finds no memory."""
+
 
 class Precision(NamedTuple):
     """A precision of weights and the reason for it, in words for `bge-rerank info`. States are float32 where weights are int8."""
@@ -53,6 +56,19 @@ def free_memory(device: torch.device) -> int | None:
         return None
     free, _ = torch.cuda.mem_get_info(device)
     return int(free)
+
+
+def release_cached_memory() -> None:
+    """Gives back what torch holds of the devices' memory and does not use."""
+    if torch.accelerator.is_available():
+        torch.accelerator.empty_cache()
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether something did not fit. torch has an error of its own for that on CUDA; elsewhere only the message tells."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        isinstance(error, RuntimeError) and any(words in str(error) for words in _OUT_OF_MEMORY)
+    )
 
 
 def choose_precision(dtype: str, device: torch.device, *, float16_is_safe: bool) -> Precision:

@@ -23,9 +23,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-import torch
-
-from .device import asked_devices
+from .device import asked_devices, is_out_of_memory, release_cached_memory
 from .outcome import caused_by, give_error, give_error_to_all, give_score
 from .prefixes import Prefixes
 from .room import Room, Rooms
@@ -260,7 +258,7 @@ class Engine:
             elif self.loaded.exception() is None:
                 self.loaded = Future()
                 self.loaded.set_exception(closed)
-        torch.cuda.empty_cache()  # does nothing where CUDA is not in use
+        release_cached_memory()
 
     def _run(self, worker: Worker) -> None:
         """Scores packs until the engine is closed.
@@ -315,22 +313,20 @@ class Engine:
                 pairs[0].request.cutoff_layers,
                 keep={pair.sequence.group for pair in pairs if pair.prefix_is_needed_again},
             )
-        except torch.OutOfMemoryError as error:
-            traceback.clear_frames(error.__traceback__)  # which hold what did fit of the pack
-            self._try_again(worker, pairs, tokens, error, alone=alone)
+        except Exception as error:
+            if is_out_of_memory(error):
+                traceback.clear_frames(error.__traceback__)  # which hold what did fit of the pack
+                self._try_again(worker, pairs, tokens, error, alone=alone)
+            else:
+                give_error_to_all(pairs, error)
             return None
-        except BaseException as error:
-            if not isinstance(error, Exception):
-                self._die(error)  # first: who is told may ask again at once
+        except BaseException as error:  # the thread is meant to end
+            self._die(error)  # first: who is told may ask again at once
             give_error_to_all(pairs, error)
-            if not isinstance(error, Exception):
-                raise  # the thread is meant to end
-            return None
+            raise
         return _Flight(pairs, pending, start, tokens)
 
-    def _try_again(
-        self, worker: Worker, pairs: list[Pair], tokens: int, error: torch.OutOfMemoryError, *, alone: bool
-    ) -> None:
+    def _try_again(self, worker: Worker, pairs: list[Pair], tokens: int, error: Exception, *, alone: bool) -> None:
         """Queues the pairs of a pack that did not fit, for packs of less; a pair that does not fit alone fails its request."""
         with self._changed:
             self._stats.out_of_memory += 1

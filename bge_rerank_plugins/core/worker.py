@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .checkpoint import Checkpoint
-from .device import Precision, choose_device, choose_precision, free_memory
+from .device import Precision, choose_device, choose_precision, free_memory, release_cached_memory
 from .families import family_of
 from .graphs import graphs_for
 from .linear import by_onednn, pays, rows_for
@@ -127,7 +127,7 @@ class Worker:
         """Halves the budget after a pack of `tokens` did not fit."""
         self.budget = max(1, min(self.budget, tokens) // 2)
         self._fitted = 0
-        torch.cuda.empty_cache()
+        release_cached_memory()
 
 
 def token_bytes(config: dict[str, Any], dtype: torch.dtype) -> int:
