@@ -20,6 +20,9 @@ def copied(encoder_dir: str, tmp_path: Path) -> Path:
     return Path(shutil.copytree(encoder_dir, tmp_path / "model"))
 
 
+NORMALIZER = {"clean_text": True, "handle_chinese_chars": True, "strip_accents": None, "lowercase": True}
+
+
 def refused(model: object) -> str:
     with pytest.raises(ValueError, match="model=") as caught:
         Scorer(str(model)).score("a", ["b"])
@@ -156,6 +159,9 @@ def lora(kind: Any, folder: Path, **options: Any) -> Any:
     from peft import LoraConfig, get_peft_model
 
     adapted = get_peft_model(kind, LoraConfig(r=4, init_lora_weights=False, **options))
+    for name, parameter in adapted.named_parameters():
+        if "trainable_tokens_delta" in name or "modules_to_save" in name:
+            torch.nn.init.normal_(parameter, std=0.4)
     adapted.save_pretrained(folder)
     return adapted
 
@@ -190,18 +196,27 @@ def test_an_adapter_whose_weights_are_not_the_models_is_refused(copied: Path, tm
 
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")  # of peft, where the adapter is made
 @pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
-@pytest.mark.parametrize("target", ["embed_tokens", "lm_head"])
-def test_an_adapter_on_the_words_of_a_model_whose_words_are_tied_changes_one_side(
-    target: str, causal_dirs: dict[str, str], tmp_path: Path
+@pytest.mark.filterwarnings("ignore:`ensure_weight_tying` is set")
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target_modules": ["q_proj", "embed_tokens"]},
+        {"target_modules": ["q_proj", "lm_head"]},
+        {"target_modules": ["q_proj", "embed_tokens"], "ensure_weight_tying": True},
+        {"target_modules": ["q_proj", "lm_head"], "ensure_weight_tying": True},
+        {"target_modules": ["q_proj"], "trainable_token_indices": [*range(1, 1500)]},
+        {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
+    ],
+)
+def test_an_adapter_on_the_words_of_a_model_whose_words_are_tied_changes_the_side_that_it_is_for(
+    options: dict[str, Any], causal_dirs: dict[str, str], tmp_path: Path
 ) -> None:
-    """Input and output words are one tensor, and merging changed both."""
+    """Input and output words are one tensor: merging changed both, or one side of an adapter for both."""
     from transformers import AutoModelForCausalLM
 
     model = causal_dirs["Gemma"]
     torch.manual_seed(0)
-    adapted = lora(
-        AutoModelForCausalLM.from_pretrained(model), tmp_path, task_type="CAUSAL_LM", target_modules=["q_proj", target]
-    ).eval()
+    adapted = lora(AutoModelForCausalLM.from_pretrained(model), tmp_path, task_type="CAUSAL_LM", **options).eval()
     assert adapted.config.tie_word_embeddings
     with Scorer(model, peft_path=str(tmp_path)) as scorer:
         (sequence,) = scorer._lease.loaded()[1].encode("panda", ["a bear"])
@@ -219,6 +234,7 @@ def test_an_adapter_on_the_words_of_a_model_whose_words_are_tied_changes_one_sid
         ({"architectures": ["XLMRobertaForSequenceClassification"]}, "names no model_type"),
         ({"model_type": "xlm-roberta", "architectures": "NoSuchModel"}, "the architecture NoSuchModel, which"),
         ({"model_type": "minicpm", "architectures": ["LayerWiseMiniCPMForCausalLM"]}, "lacks head_type, head_multi"),
+        ({"architectures": ["LayerWiseMiniCPMForCausalLM"], "head_type": "raw"}, "scale_depth, dim_model_base"),
     ],
 )
 def test_a_config_that_says_too_little_is_named(copied: Path, config: object, message: str) -> None:
@@ -226,11 +242,129 @@ def test_a_config_that_says_too_little_is_named(copied: Path, config: object, me
     assert message in refused(copied)
 
 
-def test_layers_that_begin_above_the_last_are_refused(tmp_path: Path) -> None:
-    shutil.copytree(DATA / "layerwise", tmp_path / "model")
-    config = json.loads((tmp_path / "model" / "config.json").read_text())
-    (tmp_path / "model" / "config.json").write_text(json.dumps(config | {"start_layer": 40}))
-    assert "start_layer=40 is above its 11 layers" in refused(tmp_path / "model")
+def changed(model: str | Path, folder: Path, file: str = "config.json", **changes: Any) -> Path:
+    """A copy of a checkpoint that says something else in one of its files."""
+    shutil.copytree(model, folder)
+    said = json.loads((folder / file).read_text())
+    (folder / file).write_text(json.dumps(said | changes))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("model", "changes", "message"),
+    [
+        ("layerwise", {"start_layer": 40}, "start_layer=40 is above its 11 layers"),
+        ("layerwise", {"start_layer": 0}, "start_layer=0: layers are counted from 1"),
+        ("layerwise", {"quantization_config": {"quant_method": "fp8"}}, "quantised layerwise checkpoints"),
+        ("encoder", {"is_decoder": True}, "is_decoder=True is not supported"),
+        ("decoder", {"is_causal": False}, "looks at what follows"),
+        ("decoder", {"use_bidirectional_attention": True}, "looks at what follows"),
+    ],
+)
+def test_a_config_that_asks_for_what_is_not_computed_is_refused(
+    model: str, changes: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    """Each gave other scores than the model's, or an error that did not name it."""
+    assert message in refused(changed(DATA / model, tmp_path / "model", **changes))
+
+
+@pytest.mark.parametrize(
+    ("older", "newer"),
+    [
+        ({"rope_theta": 99.0}, {"rope_parameters": {"rope_theta": 99.0, "rope_type": "default"}}),
+        (
+            {"rope_scaling": {"type": "linear", "factor": 4.0}},
+            {"rope_parameters": {"rope_theta": 10000.0, "rope_type": "linear", "factor": 4.0}},
+        ),
+    ],
+)
+def test_a_layerwise_config_names_its_positions_in_either_way(
+    older: dict[str, Any], newer: dict[str, Any], tmp_path: Path
+) -> None:
+    """The newer one was not looked at."""
+    scores = []
+    for number, changes in enumerate([{}, older, newer]):
+        with Scorer(str(changed(DATA / "layerwise", tmp_path / str(number), **changes))) as scorer:
+            scores.append(scorer.score("panda", ["a bear that eats bamboo in the hills"]))
+    assert scores[2] == pytest.approx(scores[1], abs=1e-5)
+    assert scores[2] != pytest.approx(scores[0], abs=1e-2)
+
+
+@pytest.mark.parametrize("model", ["encoder", "decoder", "layerwise"])
+def test_a_tokenizer_that_cuts_texts_at_their_beginning_is_refused(model: str, tmp_path: Path) -> None:
+    folder = changed(DATA / model, tmp_path / "model", "tokenizer_config.json", truncation_side="left")
+    assert "truncation_side='left'" in refused(folder)
+
+
+def test_tokenizer_files_that_disagree_are_refused(classifier_dirs: dict[str, str], tmp_path: Path) -> None:
+    """transformers takes one of them, by its version and the class."""
+    folder = changed(
+        classifier_dirs["bert"], tmp_path / "a", "tokenizer.json", normalizer={"type": "BertNormalizer", **NORMALIZER}
+    )
+    with Scorer(str(folder)) as scorer:
+        assert len(scorer.score("a", ["b"])) == 1
+    folder = changed(folder, tmp_path / "b", "tokenizer_config.json", do_lower_case=False)
+    assert "do_lower_case=False in tokenizer_config.json, and True in tokenizer.json" in refused(folder)
+
+
+def test_a_template_without_special_tokens_is_refused(tmp_path: Path) -> None:
+    """A cross-encoder's score is read at the first of them."""
+    folder = changed(DATA / "encoder", tmp_path / "model", "tokenizer.json", post_processor=None)
+    with pytest.raises(ValueError, match="puts no special token first"), Scorer(str(folder)) as scorer:
+        scorer.score("a", ["b"])
+
+
+@pytest.mark.parametrize("said", [{}, {"bos_token": None}])
+def test_a_first_token_that_only_the_tokenizers_class_knows_must_be_named(
+    said: dict[str, None], tmp_path: Path
+) -> None:
+    """transformers would put one there, and texts began without."""
+    folder = Path(shutil.copytree(DATA / "decoder", tmp_path / "model"))
+    path = folder / "tokenizer_config.json"
+    config = {name: value for name, value in json.loads(path.read_text()).items() if name != "bos_token"}
+    path.write_text(json.dumps(config | {"tokenizer_class": "GemmaTokenizer"} | said))
+    if said:
+        with Scorer(str(folder)) as scorer:
+            assert len(scorer.score("a", ["b"])) == 1
+    else:
+        assert "names no bos_token, and that of GemmaTokenizer is '<bos>'" in refused(folder)
+
+
+def test_a_classifying_adapter_on_a_language_model_is_refused(causal_dirs: dict[str, str], tmp_path: Path) -> None:
+    """The head that it had trained was left out, and the answer was the language model's."""
+    from transformers import AutoModelForSequenceClassification
+
+    model = AutoModelForSequenceClassification.from_pretrained(causal_dirs["Llama"], num_labels=1)
+    lora(model, tmp_path, task_type="SEQ_CLS", target_modules=["q_proj"])
+    with (
+        pytest.raises(ValueError, match=r"for sequence classification, and model=.* is LlamaForCausalLM; supported"),
+        Scorer(causal_dirs["Llama"], peft_path=str(tmp_path)) as scorer,
+    ):
+        scorer.score("a", ["b"])
+
+
+@pytest.mark.parametrize(
+    ("model", "changes"),
+    [
+        ("Mistral", {"layer_types": ["full_attention", "sliding_attention"] * 2}),
+        ("Llama", {"final_logit_softcapping": 3.0}),
+    ],
+)
+def test_a_config_is_read_as_transformers_reads_it(
+    model: str, changes: dict[str, Any], causal_dirs: dict[str, str], tmp_path: Path
+) -> None:
+    """A Mistral with layers of two kinds is one of another class; what a model does not know it does not do."""
+    from transformers import AutoModelForCausalLM
+
+    folder = changed(causal_dirs[model], tmp_path / "model", **changes)
+    passage = "a bear that eats bamboo, and lives in the hills of Sichuan, " * 4
+    with Scorer(str(folder)) as scorer:
+        (sequence,) = scorer._lease.loaded()[1].encode("panda", [passage])
+        answer = scorer._lease.loaded()[1]._prompt.answer_id  # type: ignore[attr-defined]
+        reference = AutoModelForCausalLM.from_pretrained(folder).eval()
+        with torch.inference_mode():
+            want = float(reference(torch.tensor([sequence.input_ids])).logits[0, -1, answer])
+        assert scorer.score("panda", [passage]) == pytest.approx([want], abs=1e-4)
 
 
 def test_a_language_model_must_say_what_a_text_begins_with(tmp_path: Path) -> None:

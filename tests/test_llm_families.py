@@ -440,8 +440,10 @@ def test_a_lora_adapter_on_a_decoder_is_merged(tmp_path: Path) -> None:
         assert scorer.score("panda", ["hi"]) != pytest.approx([plain], abs=1e-2)
 
 
-@pytest.mark.parametrize("cutoff_layer", [5, 11])
-def test_a_lora_adapter_on_a_layerwise_model_is_merged(tmp_path: Path, cutoff_layer: int) -> None:
+@pytest.mark.parametrize(("cutoff_layer", "task_type"), [(5, "CAUSAL_LM"), (11, None)])
+def test_a_lora_adapter_on_a_layerwise_model_is_merged(
+    tmp_path: Path, cutoff_layer: int, task_type: str | None
+) -> None:
     """As FlagEmbedding saves it: LoRA on the attention, the heads whole; with layers above the cutoff, too."""
     from peft import LoraConfig, get_peft_model
 
@@ -453,7 +455,14 @@ def test_a_lora_adapter_on_a_layerwise_model_is_merged(tmp_path: Path, cutoff_la
     )
     targets = ["q_proj", "k_proj", "v_proj", "o_proj"]
     adapted = get_peft_model(
-        model, LoraConfig(r=4, init_lora_weights=False, target_modules=targets, modules_to_save=["linear_head"])
+        model,
+        LoraConfig(
+            r=4,
+            init_lora_weights=False,
+            target_modules=targets,
+            modules_to_save=["linear_head"],
+            task_type=task_type,
+        ),
     )
     for name, parameter in adapted.named_parameters():
         if "modules_to_save" in name:

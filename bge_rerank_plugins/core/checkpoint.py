@@ -139,11 +139,16 @@ class Checkpoint:
         """
         if "model_type" not in self.config:
             raise ValueError(f"model={self.model!r}: its config.json names no model_type")
-        config: PreTrainedConfig = AutoConfig.for_model(**self.config)
+        config: PreTrainedConfig = AutoConfig.from_pretrained(self.model, trust_remote_code=False, **self._hub())
         return config
 
-    def refuse_longrope(self) -> None:
-        """Raises ValueError for rotary positions whose factors follow the longest text that is computed with a text."""
+    def check_causal(self) -> None:
+        """Raises ValueError for a language model whose states would depend on what follows, or on the texts beside them."""
+        if self.config.get("is_causal") is False or self.config.get("use_bidirectional_attention"):
+            raise ValueError(
+                f"model={self.model!r}: a language model that looks at what follows is not supported "
+                "(is_causal, use_bidirectional_attention): its score is read at the end"
+            )
         for name in ("rope_parameters", "rope_scaling"):
             rope = self.config.get(name) or {}
             if "longrope" in (rope.get("rope_type"), rope.get("type")):
@@ -177,7 +182,7 @@ class Checkpoint:
         pipeline themselves, and the model cards' scores were made with the file's.
 
         Raises:
-            ValueError: There is none, it cannot be loaded, or it is no fast one.
+            ValueError: There is none, it cannot be loaded, is no fast one, cuts texts on the left, or its files disagree.
         """
         published = self.file("tokenizer.json") is not None
         if not published and not any(self.file(name) for name in _VOCABULARIES):
@@ -191,10 +196,27 @@ class Checkpoint:
             raise ValueError(f"model={self.model!r}: its tokenizer cannot be loaded: {error}") from error
         if not isinstance(tokenizer, PreTrainedTokenizerFast):
             raise ValueError(f"model={self.model!r}: its tokenizer is no fast tokenizer; add a tokenizer.json")
+        if tokenizer.truncation_side != "right":
+            raise ValueError(
+                f"model={self.model!r}: truncation_side='left' is not supported, by which long texts lose their beginning"
+            )
         backend: Tokenizer = tokenizer.backend_tokenizer
+        self._check_agreement(tokenizer.init_kwargs, backend)
         backend.no_truncation()
         backend.no_padding()
         return tokenizer
+
+    def _check_agreement(self, said: dict[str, Any], backend: Tokenizer) -> None:
+        """Raises ValueError for a tokenizer_config.json that contradicts tokenizer.json: each is believed by somebody."""
+        for option, part, name in (
+            ("do_lower_case", backend.normalizer, "lowercase"),
+            ("add_prefix_space", backend.pre_tokenizer, "add_prefix_space"),
+        ):
+            is_so = getattr(part, name, None)
+            if option in said and is_so is not None and said[option] != is_so:
+                raise ValueError(
+                    f"model={self.model!r}: {option}={said[option]} in tokenizer_config.json, and {is_so} in tokenizer.json"
+                )
 
     def load(
         self,
@@ -253,11 +275,11 @@ class Checkpoint:
         from peft.utils import get_peft_model_state_dict
 
         names = self._adapter_names()
-        if any(part in name for name in names for part in ("lm_head", "embed_tokens")):
-            _untie(model)
         try:
             with alone_and_quiet(self.show_progress):
                 adapted = PeftModel.from_pretrained(model, peft_path, **self._hub(revision=False))
+                if any(part in name for name in names for part in ("lm_head", "embed_tokens")):
+                    _untie(model)
                 expected = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
                 # What the adapter has beyond that may belong to layers that are not loaded.
                 if absent := sorted(expected - names):
@@ -282,12 +304,23 @@ class Checkpoint:
 
 
 def _untie(model: Any) -> None:
-    """Gives a model's output words weights of their own, so that an adapter on them or on the input words changes one."""
-    words, output = model.get_input_embeddings(), model.get_output_embeddings()
+    """Gives the output words of a model with an adapter weights of their own, so that what is merged into one side stays there.
+
+    After peft has seen that they are tied: some adapters are for both sides, and then bring their part for each.
+    """
+    words, output = _without_adapter(model.get_input_embeddings()), _without_adapter(model.get_output_embeddings())
     weight = getattr(output, "weight", None)  # a head for each layer has none
     if weight is not None and weight is words.weight:
         output.weight = torch.nn.Parameter(weight.detach().clone())
         model.config.tie_word_embeddings = False
+
+
+def _without_adapter(layer: Any) -> Any:
+    """The layer that peft has wrapped, in one wrapping or several."""
+    for name in ("base_layer", "original_module", "token_adapter"):
+        if hasattr(layer, name):
+            return _without_adapter(getattr(layer, name))
+    return layer
 
 
 @contextmanager

@@ -48,7 +48,10 @@ class Decoder:
         work_in_place(self._backbone)
         LastRows(self._backbone.layers[-1])
         self._answer_row = model.get_output_embeddings().weight[prompt.answer_id].float()
-        self._softcap: float | None = getattr(model.config, "final_logit_softcapping", None)
+        # Configs of other models may name one, too, which those models do not look at.
+        self._softcap: float | None = (
+            model.config.final_logit_softcapping if model.config.model_type == "gemma2" else None
+        )
 
     @classmethod
     def load(
@@ -108,6 +111,6 @@ def _checked(checkpoint: Checkpoint, settings: RerankSettings) -> tuple[Any, Pro
         raise ValueError(
             f"cutoff_layer={settings.cutoff_layer}: {checkpoint.model!r} is no layerwise checkpoint, it scores at the end"
         )
-    checkpoint.refuse_longrope()
+    checkpoint.check_causal()
     config = checkpoint.transformers_config()
     return config, Prompt(checkpoint, settings, config.max_position_embeddings)

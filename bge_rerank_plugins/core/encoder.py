@@ -198,6 +198,10 @@ def checked_config(checkpoint: Checkpoint, settings: RerankSettings) -> tuple[Pr
         raise ValueError(
             f"model={checkpoint.model!r}: it classifies into {config.num_labels} labels, a reranker has one"
         )
+    if getattr(config, "is_decoder", False):
+        raise ValueError(
+            f"model={checkpoint.model!r}: is_decoder=True is not supported: a cross-encoder reads both ways"
+        )
     kind = getattr(config, "position_embedding_type", "absolute")
     if kind != "absolute":
         raise ValueError(

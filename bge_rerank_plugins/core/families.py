@@ -83,6 +83,11 @@ def family_of(checkpoint: Checkpoint) -> type[Family]:
     architectures: list[str] = [named] if isinstance(named, str) else list(named)
     if (checkpoint.adapter_config or {}).get("task_type") == "SEQ_CLS":
         architectures = [CLASSIFIER_OF.get(name, name) for name in architectures]
+        if not set(architectures) & set(Encoder.architectures):
+            raise ValueError(
+                f"peft_path={checkpoint.peft_path!r}: an adapter for sequence classification, and model={checkpoint.model!r} is "
+                f"{', '.join(architectures) or 'nothing that is named'}; supported for it: {', '.join(CLASSIFIER_OF)}"
+            )
     for family in FAMILIES:
         if any(name in family.architectures for name in architectures):
             return family

@@ -47,6 +47,10 @@ _NEEDED = (
 class LayerwiseModel(GranitePreTrainedModel):  # type: ignore[no-untyped-call]
     """The published checkpoint's layout: the backbone, and beside it one head per layer, or one for all."""
 
+    prepare_inputs_for_generation = (
+        None  # peft looks for it where an adapter names a causal language model, as FlagEmbedding's
+    )
+
     def __init__(self, config: GraniteConfig) -> None:
         super().__init__(config)
         published = config.published
@@ -190,7 +194,9 @@ class Layerwise:
 
 def _checked(checkpoint: Checkpoint, settings: RerankSettings) -> tuple[range, int, Prompt]:
     """Layers that score, the one to score at, and the prompt, once the settings are known to fit the checkpoint."""
-    checkpoint.refuse_longrope()
+    checkpoint.check_causal()
+    if "quantization_config" in checkpoint.config:
+        raise ValueError(f"model={checkpoint.model!r}: quantised layerwise checkpoints are not supported")
     layers = layers_of(checkpoint)
     cutoff_layer = layers[-1] if settings.cutoff_layer is None else settings.cutoff_layer
     check_layers([cutoff_layer], layers)
@@ -204,7 +210,8 @@ def layers_of(checkpoint: Checkpoint) -> range:
         ValueError: The config says too little, names a head type that is not known, or leaves no layer a head.
     """
     config = checkpoint.config
-    absent = [name for name in _NEEDED if name not in config]
+    needed = _NEEDED if config.get("head_type") == "simple" else (*_NEEDED, "dim_model_base")
+    absent = [name for name in needed if name not in config]
     if absent:
         raise ValueError(f"model={checkpoint.model!r}: its config.json lacks {', '.join(absent)}")
     if config["head_type"] not in HEAD_TYPES:
@@ -216,6 +223,8 @@ def layers_of(checkpoint: Checkpoint) -> range:
         raise ValueError(
             f"model={checkpoint.model!r}: start_layer={layers.start} is above its {config['num_hidden_layers']} layers"
         )
+    if layers.start < 1:
+        raise ValueError(f"model={checkpoint.model!r}: start_layer={layers.start}: layers are counted from 1")
     return layers
 
 
@@ -248,7 +257,7 @@ def granite_config(published: dict[str, Any], top: int) -> GraniteConfig:
         "bos_token_id",
         "eos_token_id",
     )
-    rope = dict(published.get("rope_scaling") or {})
+    rope = {**(published.get("rope_scaling") or {}), **(published.get("rope_parameters") or {})}
     return GraniteConfig(
         **{name: published[name] for name in same if name in published},
         num_hidden_layers=top,
@@ -258,7 +267,9 @@ def granite_config(published: dict[str, Any], top: int) -> GraniteConfig:
         attention_multiplier=(published["hidden_size"] // published["num_attention_heads"]) ** -0.5,
         rope_parameters={
             "rope_theta": published.get("rope_theta", 10000.0),
-            "rope_type": rope.pop("type", "default"),  # its name in older configs; the newer one comes with the rest
+            "rope_type": rope.pop(
+                "type", "default"
+            ),  # its name in older configs; newer ones have theta and type in the rest
             **rope,
         },
         published={name: published[name] for name in ("start_layer", "head_multi", "head_type")},  # type: ignore[call-arg]

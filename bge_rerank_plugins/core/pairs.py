@@ -73,7 +73,7 @@ class PairTemplate:
         """Read off the tokenizer's post-processor, by sending one pair through it.
 
         Raises:
-            ValueError: It does not put the query before the passage, both whole.
+            ValueError: It does not put a special token, the query and the passage one after the other, both whole.
         """
         query, passage = (tokenizer.encode(text, add_special_tokens=False) for text in ("a", "b"))
         pair = tokenizer.encode("a", "b")
@@ -82,6 +82,8 @@ class PairTemplate:
         q_end, p_end = q + len(query.ids), p + len(passage.ids)
         if not q < q_end <= p < p_end or pair.ids[q:q_end] != query.ids or pair.ids[p:p_end] != passage.ids:
             raise ValueError("the tokenizer's template does not put the query before the passage, whole")
+        if q == 0:
+            raise ValueError("the tokenizer's template puts no special token first, where cross-encoders are read")
         types = pair.type_ids
 
         def type_of(start: int, stop: int) -> int:

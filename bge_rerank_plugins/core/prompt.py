@@ -6,9 +6,13 @@ tokenised apart and joined as ids, never as text. Knows nothing of models.
 
 from __future__ import annotations
 
+import inspect
 import itertools
+import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
+
+import transformers
 
 from .sequences import TokenSequence, longest_pair, longest_query
 from .windows import split_text
@@ -61,10 +65,8 @@ class Prompt:
         self._passage_instruction = _or_default(settings.passage_instruction, PASSAGE_INSTRUCTION)
         # Never the whole length: the first token and one of the passage stay.
         self._query_room = longest_query(settings.query_max_length, max_length, max_length - 2)
-        if tokenizer.bos_token_id is None and checkpoint.file("tokenizer_config.json") is None:
-            raise ValueError(
-                f"model={checkpoint.model!r}: it has no tokenizer_config.json, which says what a text begins with"
-            )
+        if tokenizer.bos_token_id is None:
+            _check_no_bos(checkpoint)
         # FlagEmbedding starts without a first token where the tokenizer has none, or pads with it.
         has_bos = tokenizer.bos_token_id not in (None, tokenizer.pad_token_id)
         self._bos = [int(tokenizer.bos_token_id)] if has_bos else []
@@ -96,6 +98,23 @@ class Prompt:
 
     def _ids(self, texts: list[str]) -> list[list[int]]:
         return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+
+
+def _check_no_bos(checkpoint: Checkpoint) -> None:
+    """Raises ValueError for a tokenizer that may only seem to have no first token, since nothing says so."""
+    file = checkpoint.file("tokenizer_config.json")
+    if file is None:
+        raise ValueError(
+            f"model={checkpoint.model!r}: it has no tokenizer_config.json, which says what a text begins with"
+        )
+    said = json.loads(file.read_text(encoding="utf-8"))
+    kind = getattr(transformers, str(said.get("tokenizer_class")).removesuffix("Fast"), None)
+    default = inspect.signature(kind).parameters.get("bos_token") if kind is not None else None
+    if "bos_token" not in said and default is not None and default.default is not None:
+        raise ValueError(
+            f"model={checkpoint.model!r}: its tokenizer_config.json names no bos_token, and that of {said['tokenizer_class']} "
+            f"is {default.default!r} where nothing is said; name it there, or null"
+        )
 
 
 def _or_default(text: str | None, default: str) -> str:

@@ -74,7 +74,7 @@ class Trainee(nn.Module, ABC):
 
     def __init__(self, checkpoint: TrainingCheckpoint, settings: FinetuneSettings) -> None:
         super().__init__()
-        checkpoint.refuse_longrope()
+        checkpoint.check_causal()
         self.checkpoint = checkpoint
         self.settings = settings
         self.heads = self._heads()
