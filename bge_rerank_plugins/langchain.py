@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from copy import deepcopy
 from types import EllipsisType
 from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
+from typing_extensions import TypedDict
 
 from .adapter import AdapterSettings, ScorerSettings, checked_scores
 from .texts import by_place, requests_of_pairs
@@ -19,7 +21,7 @@ try:
     from langchain_core.callbacks import AsyncCallbackManager, CallbackManager, Callbacks
     from langchain_core.cross_encoders import BaseCrossEncoder
     from langchain_core.documents import BaseDocumentCompressor, Document
-    from langchain_core.runnables import RunnableLambda
+    from langchain_core.runnables import Runnable, RunnableLambda
     from langchain_core.runnables.config import ensure_config
 except ImportError as error:
     raise ImportError(
@@ -30,6 +32,13 @@ if TYPE_CHECKING:
     from .ranking import RankedPassage
 
 __all__ = ["BGECrossEncoder", "BGERerank"]
+
+
+class RerankInput(TypedDict):
+    """What `BGERerank.as_runnable` takes: a dictionary, or a state with these attributes."""
+
+    documents: Sequence[Document]
+    query: str
 
 
 class BGERerank(AdapterSettings, BaseDocumentCompressor):
@@ -62,6 +71,13 @@ class BGERerank(AdapterSettings, BaseDocumentCompressor):
     relevance_score_key: str = Field(
         default="relevance_score", min_length=1, description="Metadata key that the score is written to."
     )
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **options: Any) -> None:
+        """As in LangChain's other compressors, a subclass that overrides the blocking method alone means the async one, too."""
+        super().__pydantic_init_subclass__(**options)
+        if "compress_documents" in vars(cls) and "acompress_documents" not in vars(cls):
+            cls.acompress_documents = BaseDocumentCompressor.acompress_documents  # type: ignore[method-assign,assignment]
 
     def compress_documents(
         self, documents: Sequence[Document], query: str, callbacks: Callbacks | None = None
@@ -132,6 +148,8 @@ class BGERerank(AdapterSettings, BaseDocumentCompressor):
             ValueError: As `compress_documents`, naming the request by its place.
         """
         given = by_place(requests, "(documents, query)", lambda documents, query: (_listed(documents), query))
+        if self._overrides("compress_documents"):
+            return [list(self.compress_documents(documents, query, callbacks)) for documents, query in given]
         texts = by_place(given, "", lambda documents, query: (query, _texts(documents, Document)))
         with ExitStack() as runs:
             compressed = [runs.enter_context(self._traced(documents, query, callbacks)) for documents, query in given]
@@ -139,8 +157,10 @@ class BGERerank(AdapterSettings, BaseDocumentCompressor):
                 into += self._copies(documents, ranked)
         return compressed
 
-    def as_runnable(self) -> RunnableLambda[dict[str, Any], list[Document]]:
+    def as_runnable(self) -> Runnable[RerankInput, list[Document]]:
         """This reranker as a step of a chain, from {"documents": ..., "query": ...} to the reranked documents.
+
+        A state with these attributes, as LangGraph's may be, will do, too.
 
         `batch` and `abatch` run its inputs concurrently, and the pairs of concurrent calls share packs.
 
@@ -149,13 +169,22 @@ class BGERerank(AdapterSettings, BaseDocumentCompressor):
             >>> chain.invoke("what is panda?")  # doctest: +SKIP
             [Document(...), ...]
         """
-        return RunnableLambda(self._invoke, afunc=self._ainvoke, name=type(self).__name__)
+        step = RunnableLambda(self._invoke, afunc=self._ainvoke, name=type(self).__name__)
+        return step.with_types(input_type=RerankInput, output_type=list[Document])
 
-    def _invoke(self, given: dict[str, Any]) -> list[Document]:
+    def _invoke(self, given: RerankInput) -> list[Document]:
+        if self._overrides("compress_documents"):
+            return list(self.compress_documents(*_step_input(given)))
         return self._compressed(*_step_input(given))  # the step's own run is the one to be traced
 
-    async def _ainvoke(self, given: dict[str, Any]) -> list[Document]:
+    async def _ainvoke(self, given: RerankInput) -> list[Document]:
+        if self._overrides("acompress_documents"):
+            return list(await self.acompress_documents(*_step_input(given)))
         return await self._acompressed(*_step_input(given))
+
+    def _overrides(self, method: str) -> bool:
+        """Whether this is a subclass with a method of its own, which then is to be called however it is reached."""
+        return getattr(type(self), method) is not getattr(BGERerank, method)
 
     def rerank(
         self, documents: Sequence[Document | str], query: str, *, top_n: int | EllipsisType | None = ...
@@ -223,7 +252,7 @@ class BGERerank(AdapterSettings, BaseDocumentCompressor):
         # A copy, not a new Document, which would lose the id and the class.
         return [
             documents[index].model_copy(
-                update={"metadata": {**documents[index].metadata, self.relevance_score_key: score}}
+                update={"metadata": {**_copied(documents[index].metadata), self.relevance_score_key: score}}
             )
             for index, score in ranked
         ]
@@ -289,15 +318,27 @@ def _listed(documents: Iterable[Any]) -> list[Any]:
     return list(documents)
 
 
+def _copied(metadata: dict[str, Any]) -> dict[str, Any]:
+    """A copy that shares no list or dictionary with a document that a store may still hold."""
+    try:
+        return deepcopy(metadata)
+    except Exception:  # a lock, a connection: there is no copy of it, and it is shared
+        return dict(metadata)
+
+
 def _step_input(given: Any) -> tuple[list[Any], str]:
     """What a step of a chain is given.
 
     Raises:
-        ValueError: It is no dictionary of documents and query.
+        ValueError: It has no documents, or no query.
     """
-    if not isinstance(given, Mapping) or not given.keys() >= {"documents", "query"}:
+    names = ("documents", "query")
+    held = (
+        given if isinstance(given, Mapping) else {name: getattr(given, name) for name in names if hasattr(given, name)}
+    )
+    if any(name not in held for name in names):
         raise ValueError(f'input={given!r:.80}: expected {{"documents": ..., "query": ...}}')
-    return _listed(given["documents"]), given["query"]
+    return _listed(held["documents"]), held["query"]
 
 
 def _texts(documents: list[Any], *accepted: type) -> list[str]:

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import copy_context
 from functools import partial
+from inspect import getattr_static
 from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, Field, field_validator, model_validator
@@ -104,6 +105,13 @@ class BGERerank(AdapterSettings, BaseNodePostprocessor):
             self, {**state, "__dict__": {**state["__dict__"], "callback_manager": CallbackManager()}}
         )
 
+    @classmethod
+    def __pydantic_init_subclass__(cls, **options: Any) -> None:
+        """As in LlamaIndex's own, a subclass that overrides the blocking method alone means the async one, too."""
+        super().__pydantic_init_subclass__(**options)
+        if "_postprocess_nodes" in vars(cls) and "_apostprocess_nodes" not in vars(cls):
+            cls._apostprocess_nodes = BaseNodePostprocessor._apostprocess_nodes  # type: ignore[method-assign]
+
     def _postprocess_nodes(
         self, nodes: list[NodeWithScore], query_bundle: QueryBundle | None = None
     ) -> list[NodeWithScore]:
@@ -137,6 +145,8 @@ class BGERerank(AdapterSettings, BaseNodePostprocessor):
             ValueError: As `postprocess_nodes`, naming the request by its place.
         """
         bundles = by_place(requests, "(nodes, query)", _given)
+        if getattr_static(type(self), "_postprocess_nodes") is not getattr_static(BGERerank, "_postprocess_nodes"):
+            return [self.postprocess_nodes(nodes, bundle) for nodes, bundle in bundles]
         texts = by_place(bundles, "", lambda nodes, bundle: (_query(bundle), self._texts(nodes)))
         with ExitStack() as reports:
             returned = []

@@ -18,6 +18,7 @@ from langchain_core.retrievers import BaseRetriever
 from langchain_core.runnables import RunnableLambda, RunnablePassthrough
 from langchain_core.vectorstores import InMemoryVectorStore
 from langchain_tests.integration_tests import RetrieversIntegrationTests
+from pydantic import BaseModel
 
 from bge_rerank_plugins import Scorer
 from bge_rerank_plugins.langchain import BGECrossEncoder, BGERerank
@@ -540,3 +541,66 @@ async def test_a_step_of_a_chain_is_one_run_and_can_be_pickled(documents):
     recorder = Recorder()
     step.invoke(given, {"callbacks": [recorder]})
     assert [run["name"] for run in recorder.runs.values()] == ["BGERerank"]
+
+
+class Filtered(BGERerank):
+    """A subclass as users write them, for one of two methods."""
+
+    def compress_documents(self, documents, query, callbacks=None):
+        kept = [document for document in documents if "bamboo" not in document.page_content]
+        return super().compress_documents(kept, query, callbacks)
+
+
+class FilteredTwice(Filtered):
+    async def acompress_documents(self, documents, query, callbacks=None):
+        return (await super().acompress_documents(documents, query, callbacks))[:1]
+
+
+async def test_a_subclass_that_overrides_the_blocking_method_means_all_of_them(documents):
+    """Async calls, batches and steps of a chain went past it."""
+    reranker = Filtered(model=MODEL, top_n=None)
+    step, given = reranker.as_runnable(), {"documents": documents, "query": QUERY}
+    for found in (
+        reranker.compress_documents(documents, QUERY),
+        await reranker.acompress_documents(documents, QUERY),
+        *reranker.compress_documents_batch([(documents, QUERY)] * 2),
+        step.invoke(given),
+        await step.ainvoke(given),
+    ):
+        assert sorted(document.id for document in found) == ["id-0", "id-1", "id-2", "id-4", "id-5"]
+    twice = FilteredTwice(model=MODEL, top_n=None)
+    for found in (await twice.acompress_documents(documents, QUERY), await twice.as_runnable().ainvoke(given)):
+        assert [document.id for document in found] == [reranker.compress_documents(documents, QUERY)[0].id]
+
+
+async def test_what_is_done_to_nested_metadata_of_the_result_is_not_done_to_the_input(compress, documents):
+    lock = threading.Lock()
+    documents[0].metadata["lock"] = lock  # of which there is no copy
+    for document in await compress(BGERerank(model=MODEL, top_n=None), documents):
+        assert document.metadata.get("lock") in (None, lock)
+        if document.id != "id-0":
+            document.metadata["source"]["line"] = "changed"
+    assert [document.metadata["source"] for document in documents] == [{"line": i} for i in range(len(documents))]
+
+
+@pytest.mark.filterwarnings("ignore:This API is in beta")
+def test_a_step_can_be_a_tool(documents):
+    """Which needs to know what it takes."""
+    step = BGERerank(model=MODEL, top_n=1).as_runnable()
+    tool = step.as_tool(name="rerank", description="Ranks documents.")
+    assert tool.args.keys() == {"documents", "query"}
+    (found,) = tool.invoke({"documents": documents, "query": QUERY})
+    assert found == step.invoke({"documents": documents, "query": QUERY})[0]
+
+
+class State(BaseModel):
+    """As LangGraph hands it to a node."""
+
+    query: str
+    documents: list[Document]
+
+
+async def test_a_step_takes_a_state(documents):
+    step = BGERerank(model=MODEL, top_n=1).as_runnable()
+    state = State(query=QUERY, documents=documents)
+    assert step.invoke(state) == await step.ainvoke(state) == step.invoke(dict(state))

@@ -546,3 +546,22 @@ def test_a_retrieval_score_of_the_users_own_is_text_like_any_other():
     node = NodeWithScore(node=TextNode(text="a", metadata={"retrieval_score": "mine"}))
     BGERerank(scorer=scorer, metadata_mode=MetadataMode.ALL).postprocess_nodes([node], query_str=QUERY)
     assert "mine" in scorer.calls[0][1][0]
+
+
+class Filtered(BGERerank):
+    """A subclass as users write them, for one of two methods."""
+
+    def _postprocess_nodes(self, nodes, query_bundle=None):
+        return super()._postprocess_nodes([node for node in nodes if "bamboo" not in node.text], query_bundle)
+
+
+async def test_a_subclass_that_overrides_the_blocking_method_means_all_of_them(nodes):
+    """Async calls and batches went past it."""
+    reranker = Filtered(model=MODEL, top_n=None)
+    for found in (
+        reranker.postprocess_nodes(nodes, query_str=QUERY),
+        await reranker.apostprocess_nodes(nodes, query_str=QUERY),
+        *reranker.postprocess_nodes_batch([(nodes, QUERY)] * 2),
+    ):
+        assert len(found) == len(TEXTS) - 1
+        assert not any("bamboo" in node.text for node in found)
