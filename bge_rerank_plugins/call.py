@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 
     from .core.engine import Engine
     from .core.families import Family
-    from .core.room import Room
     from .core.sequences import TokenSequence
 
 ENCODE_AT_ONCE = 32
@@ -55,7 +54,6 @@ class Call:
         self.pending: deque[Future[list[Any]]] = deque()
         self._pairs_pending = 0
         self._admitted = False
-        self._room: Room | None = None
 
     def encode(self, query: str, passages: Sequence[str]) -> list[TokenSequence]:
         """Token ids of a chunk, long passages in windows if they are to be split."""
@@ -63,18 +61,14 @@ class Call:
         self._windows.append([len(windows) for windows in parts])
         return self._family.encode(query, [window for windows in parts for window in windows])
 
-    def room(self, sequences: list[TokenSequence]) -> Room | None:
-        """None if the queue has room for a chunk, else what resolves when it has."""
-        self._room = self._engine.room(sum(map(len, sequences)), admitted=self._admitted)
-        return self._room
-
-    def submit(self, sequences: list[TokenSequence]) -> None:
-        """Queues a chunk."""
+    def submit(self, sequences: list[TokenSequence]) -> Future[None]:
+        """Queues a chunk; what resolves when the queue has room for it, which is to be waited for before the next one."""
+        request = self._engine.submit(sequences, self._job, self._cutoff_layers, admitted=self._admitted)
         self._admitted = True
         self.truncated += sum(sequence.truncated for sequence in sequences)
-        room, self._room = self._room, None
-        self.pending.append(self._engine.submit(sequences, self._job, self._cutoff_layers, room))
+        self.pending.append(request.future)
         self._pairs_pending += len(sequences)
+        return request.entered
 
     @property
     def is_far_ahead(self) -> bool:
@@ -99,8 +93,6 @@ class Call:
         """Drops what is not scored yet."""
         for future in self.pending:
             future.cancel()
-        if self._room is not None:
-            self._engine.give_back(self._room)
 
 
 def chunks_of(requests: Iterable[tuple[str, Sequence[str]]]) -> Iterator[tuple[str, Sequence[str]]]:

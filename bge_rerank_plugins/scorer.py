@@ -360,10 +360,7 @@ class Scorer:
         call = self._call(engine, family, pairs, cutoff_layers)
         try:
             for query, chunk in chunks_of(requests):
-                sequences = call.encode(query, chunk)
-                if (room := call.room(sequences)) is not None:
-                    room.result()
-                call.submit(sequences)
+                call.submit(call.encode(query, chunk)).result()
                 while call.is_far_ahead:
                     yield call.reduced(call.oldest().result())
             while call.pending:
@@ -381,9 +378,8 @@ class Scorer:
         try:
             for query, chunk in chunks_of(requests):
                 sequences = await turns.run(partial(call.encode, query, chunk))
-                if (room := call.room(sequences)) is not None:
-                    await asyncio.wrap_future(room)
-                call.submit(sequences)
+                if not (entered := call.submit(sequences)).done():
+                    await asyncio.wrap_future(entered)
                 while call.is_far_ahead:
                     yield call.reduced(await asyncio.wrap_future(call.oldest()))
             while call.pending:

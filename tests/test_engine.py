@@ -1,5 +1,6 @@
 """The engine under faults: a fault stays with the request it belongs to, and the next request succeeds."""
 
+import asyncio
 import json
 import threading
 import time
@@ -77,7 +78,7 @@ def test_a_call_that_is_cancelled_while_its_pairs_are_taken_leaves_the_worker(
 
     monkeypatch.setattr(Schedule, "take", take_too_late)
     engine, family = scorer._lease.loaded()
-    request = engine.submit(family.encode("a", ["b"]), engine.open_job(1))
+    request = engine.submit(family.encode("a", ["b"]), engine.open_job(1)).future
     with pytest.raises(CancelledError):
         request.result(timeout=30)
     assert cancelled == [True]
@@ -102,21 +103,51 @@ def test_who_waits_for_room_is_told_however_the_queue_empties(end: str) -> None:
         first = engine.submit(family.encode("a", ["b"]), engine.open_job(1))
         assert entered.wait(30)
         second = engine.submit(family.encode("a", ["panda " * 50]), engine.open_job(1))
-        room = engine.room(50, admitted=False)
-        assert room is not None
-        assert not room.done()
+        third = engine.submit(family.encode("a", ["panda " * 50]), engine.open_job(1))
+        assert second.entered.done()
+        assert not third.entered.done()
         if end == "cancelled":
-            second.cancel()
+            second.future.cancel()
         closing = threading.Thread(target=engine.close)
         if end == "closed":
             closing.start()
-            room.result(timeout=30)
+            third.entered.result(timeout=30)
         gate.set()
-        room.result(timeout=30)
+        third.entered.result(timeout=30)
+        if end in ("closed", "died"):
+            with pytest.raises(RuntimeError):
+                third.future.result(timeout=30)
+        else:
+            assert first.future.result(timeout=30)
+            assert third.future.result(timeout=30)
         if end == "closed":
             closing.join()
-        elif end != "died":
-            assert first.result(timeout=30)
+
+
+def test_who_does_not_come_back_when_there_is_room_keeps_it_from_nobody() -> None:
+    """Room was granted to callers, and one whose event loop was blocked, or gone, kept it: others waited for ever."""
+    gate, entered = threading.Event(), threading.Event()
+
+    def gated(pack: Pack, forward: Callable[[Pack], Tensor]) -> Tensor:
+        entered.set()
+        gate.wait(30)
+        return forward(pack)
+
+    with Scorer(MODEL, max_queued_tokens=50, max_batch_tokens=60) as bounded:
+        bounded.warmup()
+        inject(bounded, gated)
+
+        async def ask() -> list[float]:
+            calls = [asyncio.ensure_future(bounded.ascore("a", ["panda " * 50])) for _ in range(4)]
+            while bounded.stats()["requests"] < 5:  # the warm-up was one
+                await asyncio.sleep(0.001)
+            assert await asyncio.to_thread(entered.wait, 30)
+            gate.set()
+            scores = bounded.score("b", ["panda " * 50])  # on the thread of the loop, which those who wait need
+            return scores + [score for call in calls for score in await call]
+
+        assert len(asyncio.run(ask())) == 5
+        assert bounded.stats()["queued_tokens"] == 0
 
 
 def test_a_pack_that_does_not_fit_while_the_scorer_is_closed_leaves_nobody_waiting() -> None:
@@ -132,7 +163,7 @@ def test_a_pack_that_does_not_fit_while_the_scorer_is_closed_leaves_nobody_waiti
     scorer.warmup()
     inject(scorer, full)
     engine, family = scorer._lease.loaded()
-    request = engine.submit(family.encode("a", ["b", "c"]), engine.open_job(2))
+    request = engine.submit(family.encode("a", ["b", "c"]), engine.open_job(2)).future
     assert entered.wait(30)
     closing = threading.Thread(target=scorer.close)
     closing.start()
@@ -369,7 +400,7 @@ def test_the_prefix_of_a_call_that_was_cancelled_is_forgotten(monkeypatch: pytes
         engine, family = scorer._lease.loaded()
         monkeypatch.setattr(Worker, "finish", cancelled)
         sequences = family.encode("what is a panda " * 10, [f"panda number {i} in Sichuan" for i in range(60)])
-        request = engine.submit(sequences, engine.open_job(60))
+        request = engine.submit(sequences, engine.open_job(60)).future
         until = time.monotonic() + 5
         while not (kept and kept[0]() is None) and time.monotonic() < until:
             time.sleep(0.001)

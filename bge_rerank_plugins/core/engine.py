@@ -21,12 +21,12 @@ import weakref
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from .device import asked_devices, is_out_of_memory, release_cached_memory
 from .outcome import caused_by, give_error, give_error_to_all, give_score
 from .prefixes import Prefixes
-from .room import Room, Rooms
+from .room import Room
 from .schedule import Job, Pair, Request, Schedule
 from .sequences import computed_tokens
 from .stats import EngineStats
@@ -86,9 +86,8 @@ class Engine:
         names = asked_devices(settings.device)
         self._settings = settings
         self._changed = threading.Condition()
-        self._schedule = Schedule()
+        self._empty_queue()
         self._stats = EngineStats()
-        self._rooms = self._empty_rooms()
         self._closed = False
         self._exiting = False
         self._failure: BaseException | None = None
@@ -124,74 +123,55 @@ class Engine:
         with self._changed:
             return replace(self._stats, queued_tokens=self._schedule.tokens)
 
-    def room(self, tokens: int, *, admitted: bool) -> Room | None:
-        """None if `tokens` more may be queued, else what resolves when they may, in the order of asking.
-
-        What has resolved keeps that room until it is given to `submit` or to `give_back`.
-
-        Args:
-            tokens: How many the caller wants to queue.
-            admitted: Whether the caller has queued some of its job already; it then waits in any case.
-
-        Raises:
-            QueueFullError: There is no room, and the settings say not to wait for it.
-        """
-        bound = self._settings.max_queued_tokens
-        if bound is None:
-            return None
-        with self._changed:
-            may_wait = admitted or self._settings.when_full == "wait"
-            if not self.usable or (self._rooms.has(tokens) and not (may_wait and self._rooms.awaited)):
-                return None
-            if may_wait:
-                return self._rooms.wait_for(tokens)
-            queued = self._schedule.tokens
-            raise QueueFullError(f"{queued} tokens wait already, and max_queued_tokens={bound}: try again later")
-
-    def give_back(self, room: Room) -> None:
-        """Leaves room to others that was granted, or waited for, and is not needed any more."""
-        with self._changed:
-            self._rooms.give_back(room)
-
     def submit(
         self,
         sequences: Sequence[TokenSequence],
         job: Job,
         cutoff_layers: tuple[int, ...] = (),
-        room: Room | None = None,
-    ) -> Future[list[Any]]:
-        """Queues pairs. The future resolves to their raw scores, in order; cancelling it drops those not yet scored.
+        *,
+        admitted: bool = False,
+    ) -> Request:
+        """Queues pairs, or has them wait for room in the queue.
 
         Args:
             sequences: The pairs' token ids.
             job: The job that they belong to, from `open_job`.
             cutoff_layers: Layers to score after. If there are any, each score is a list with one number for each.
-            room: What they waited for, if they did.
+            admitted: Whether the caller has queued some of its job already; these wait for room in any case.
+
+        Returns:
+            What was asked for. Its `future` resolves to the raw scores, in order, and cancelling it drops those not yet scored;
+            its `entered` tells when to submit more.
 
         Raises:
+            QueueFullError: There is no room, and the settings say not to wait for it.
             EngineClosedError: The engine was closed.
             RuntimeError: The worker died, or this process was forked off the one that loaded the model.
         """
         request = Request(sequences, job, cutoff_layers)
         if not sequences:
+            request.has_entered()
             request.future.set_result([])
-            return request.future
+            return request
         with self._changed:
             if not self._exiting:  # while the interpreter exits, only daemon threads ask, and wait in silence
                 self._raise_if_unusable()
-            self._schedule.add(request)
-            if room is not None:
-                self._rooms.give_back(room)  # its tokens wait now
+            if not self._room.enter(request, may_wait=admitted or self._settings.when_full == "wait"):
+                raise QueueFullError(
+                    f"{self._schedule.tokens} tokens wait already, and max_queued_tokens={self._settings.max_queued_tokens}: "
+                    "try again later"
+                )
             self._stats.truncated += sum(sequence.truncated for sequence in sequences)
             self._changed.notify_all()
-        return request.future
+        return request
 
     def close(self, *, wait: bool = True) -> None:
         """Stops the workers after the packs they are at, fails what still waits, frees the devices' memory."""
+        if self._pid != os.getpid():
+            return  # a forked copy: none of its threads is here
         with self._changed:
             self._closed = True
-            waiting = self._schedule.drain()
-            self._admit()
+            waiting = self._drain()
             self._changed.notify_all()
         if not self._exiting:
             self._refuse(waiting)
@@ -210,13 +190,16 @@ class Engine:
     def forget_fork(self) -> None:
         """In a forked copy of the process: drops the lock, which a thread that is not there may hold, and all that it guards."""
         self._changed = threading.Condition()
-        self._schedule = Schedule()
-        self._rooms = self._empty_rooms()
+        self._empty_queue()
         self._closed = True
         self._exiting = True
 
-    def _empty_rooms(self) -> Rooms:
-        return Rooms(self._settings.max_queued_tokens, lambda: self._schedule.tokens)
+    def _empty_queue(self) -> None:
+        self._schedule = Schedule()
+        self._room = Room(self._settings.max_queued_tokens, self._schedule)
+
+    def _drain(self) -> list[Request]:
+        return self._schedule.drain() + self._room.drain()
 
     def _raise_if_unusable(self) -> None:
         if self._pid != os.getpid():
@@ -286,18 +269,19 @@ class Engine:
             while not self._closed and self._failure is None:
                 # Requests are cancelled without the lock: what there is to do is known from having taken it only.
                 pairs = self._schedule.take(worker.budget, worker.kept)
-                self._admit()
+                entered = self._room.let_in()
+                if entered:
+                    self._changed.notify_all()  # other workers may have found nothing
                 if pairs or (flight is not None and flight.pending.landed):
                     return pairs
+                if entered:
+                    continue
                 if flight is None:
                     worker.kept = Prefixes()  # of requests that were cancelled
                     self._changed.wait()
                 else:
                     self._changed.wait(LANDING_CHECKS)
             return []
-
-    def _admit(self) -> None:
-        self._rooms.grant(to_all=not self.usable)
 
     def _start(self, worker: Worker, pairs: list[Pair], *, alone: bool) -> _Flight | None:
         """Has the worker's device compute a pack, `alone` on it or beside another one.
@@ -364,8 +348,7 @@ class Engine:
     def _die(self, error: BaseException) -> None:
         with self._changed:
             self._failure = error
-            waiting = self._schedule.drain()
-            self._admit()
+            waiting = self._drain()
             if not self.loaded.done():
                 self.loaded.set_exception(error)
             self._changed.notify_all()

@@ -1,68 +1,71 @@
-"""Room in a bounded queue, granted in the order of asking, so that small requests do not pass a large one for ever.
+"""Room in a bounded queue, given in the order of asking, so that small requests do not pass a large one for ever.
 
-Knows how many tokens there may be and how many there are; nothing of what they belong to.
+A request that finds none waits here, and enters by itself when there is some: whoever made it may be busy, or gone.
 """
 
 from __future__ import annotations
 
-import weakref
 from collections import deque
-from collections.abc import Callable
-from concurrent.futures import Future
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .schedule import Request, Schedule
 
 
-class Room(Future[None]):
-    """Room for some tokens, to come or granted."""
-
-    def __init__(self, tokens: int) -> None:
-        super().__init__()
-        self.tokens = tokens
-
-
-class Rooms:
-    """Who waits for room, and who has been granted some. Not thread-safe: its owner holds a lock.
+class Room:
+    """Room for so many tokens, and the requests that wait for some. Not thread-safe: its owner holds a lock.
 
     Args:
-        bound: Most tokens that wait; None for no bound.
-        queued: How many wait now.
+        bound: Most tokens that wait in the queue; None for no bound.
+        queue: The queue.
     """
 
-    def __init__(self, bound: int | None, queued: Callable[[], int]) -> None:
+    def __init__(self, bound: int | None, queue: Schedule) -> None:
         self._bound = bound
-        self._queued = queued
-        self._waiters: deque[Room] = deque()
-        self._granted: weakref.WeakSet[Room] = weakref.WeakSet()  # who drops his room gives it back
+        self._queue = queue
+        self._outside: deque[Request] = deque()
 
-    def has(self, tokens: int) -> bool:
-        """Whether there is room for so many; where nothing waits there is room for any number."""
-        taken = self._queued() + sum(room.tokens for room in self._granted)
-        return self._bound is None or taken == 0 or taken + tokens <= self._bound
+    def enter(self, request: Request, *, may_wait: bool) -> bool:
+        """Puts a request into the queue, or has it wait for room behind those that came before it.
 
-    @property
-    def awaited(self) -> bool:
-        """Whether somebody waits."""
-        return bool(self._waiters)
+        Args:
+            request: The request.
+            may_wait: Whether it may wait; else it passes those that do, or is left out.
 
-    def wait_for(self, tokens: int) -> Room:
-        """What resolves when there is room. It keeps that room until it is given back."""
-        room = Room(tokens)
-        self._waiters.append(room)
-        self.grant()
-        return room
+        Returns:
+            Whether it is in the queue, or will be.
+        """
+        if may_wait:
+            self._outside.append(request)
+            self.let_in()
+            return True
+        if not self._has_room_for(request):
+            return False
+        self._add(request)
+        return True
 
-    def give_back(self, room: Room) -> None:
-        """Leaves room to others that was used, or is not waited for any more."""
-        room.cancel()
-        self._granted.discard(room)
-        self.grant()
+    def let_in(self) -> bool:
+        """Lets those in for whom there is room now, up to the first for whom there is none; whether there were any."""
+        entered = False
+        while self._outside and (self._outside[0].finished or self._has_room_for(self._outside[0])):
+            self._add(self._outside.popleft())
+            entered = True
+        return entered
 
-    def grant(self, *, to_all: bool = False) -> None:
-        """Grants what room there is to the first who wait, or lets all go where there is no queue any more."""
-        while self._waiters:
-            first = self._waiters[0]
-            if not (to_all or first.cancelled() or self.has(first.tokens)):
-                return
-            self._waiters.popleft()
-            if first.set_running_or_notify_cancel():
-                self._granted.add(first)
-                first.set_result(None)
+    def drain(self) -> list[Request]:
+        """Sends away who waits; the requests that did."""
+        outside, self._outside = list(self._outside), deque()
+        for request in outside:
+            request.has_entered()  # there is nothing more to wait for
+        return outside
+
+    def _has_room_for(self, request: Request) -> bool:
+        """Where nothing waits there is room for any request."""
+        if self._bound is None:
+            return True
+        taken = self._queue.tokens
+        return taken == 0 or taken + request.tokens_left <= self._bound
+
+    def _add(self, request: Request) -> None:
+        self._queue.add(request)
+        request.has_entered()

@@ -42,6 +42,7 @@ class Request:
         job: The job that they belong to.
         cutoff_layers: Layers to score after; empty for the one of the settings. Equal for all pairs of a pack.
         future: Resolves to the scores, in the order of `sequences`: a number each, or one for each of `cutoff_layers`.
+        entered: Resolves when the request waits in the queue, and is not waiting for room there any more.
         scores: Scores so far; None where a pair is not scored yet.
         taken: How many pairs have been handed out.
         unscored: How many scores are still missing.
@@ -53,6 +54,7 @@ class Request:
     job: Job
     cutoff_layers: tuple[int, ...] = ()
     future: "Future[list[Any]]" = field(default_factory=Future)
+    entered: "Future[None]" = field(default_factory=Future, init=False)
     scores: list[Any] = field(init=False)
     taken: int = field(default=0, init=False)
     unscored: int = field(init=False)
@@ -68,6 +70,11 @@ class Request:
     def finished(self) -> bool:
         """Whether nobody waits for this request any more: it has its scores, failed or was cancelled."""
         return self.future.done()
+
+    def has_entered(self) -> None:
+        """Resolves `entered`."""
+        if self.entered.set_running_or_notify_cancel():
+            self.entered.set_result(None)
 
 
 class Pair(NamedTuple):
