@@ -6,9 +6,10 @@ Knows nothing of texts or scores, and imports torch only when the engine is aske
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 from .turns import Turns
 
@@ -16,6 +17,14 @@ if TYPE_CHECKING:
     from .core.engine import Engine
     from .core.families import Family
     from .settings import RerankSettings
+
+
+FORKED = (
+    "this process was forked while a thread was loading the model, and has half of what it imported: "
+    "start the child with the 'spawn' method"
+)
+
+_leases: WeakSet[Lease] = WeakSet()
 
 
 class Lease:
@@ -31,10 +40,12 @@ class Lease:
     def __init__(self, settings: RerankSettings) -> None:
         self.engine: Engine | None = None
         self._settings = settings
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # re-entrant: a signal's handler may close what its thread is about to acquire
         self._turns: WeakKeyDictionary[asyncio.AbstractEventLoop, Turns] = WeakKeyDictionary()
         self._finalizer: Any = None
         self._closed = False
+        self._forked = False
+        _leases.add(self)
 
     def acquired(self) -> Engine:
         """The engine, started at first use, and anew where the one before cannot be used any more.
@@ -43,16 +54,21 @@ class Lease:
             RuntimeError: The lease is closed.
         """
         with self._lock:
-            if self._closed:
-                raise RuntimeError("this Scorer is closed")
-            if self.engine is None or not self.engine.usable:
+            self._check_open()
+            engine = self.engine
+            if engine is None or not engine.usable:
                 from .core.registry import acquire, release_when_collected
 
                 if self._finalizer is not None:
                     self._finalizer()
-                self.engine = acquire(self._settings)
-                self._finalizer = release_when_collected(self, self.engine)
-            return self.engine
+                self.engine = engine = acquire(self._settings)
+                self._finalizer = release_when_collected(self, engine)
+                try:
+                    self._check_open()
+                except RuntimeError:
+                    self.close()  # again: there was no engine yet
+                    raise
+            return engine
 
     def loaded(self) -> tuple[Engine, Family]:
         """The engine and its family, once the model is there. A load that failed is tried again next time."""
@@ -95,6 +111,20 @@ class Lease:
                 self._finalizer.detach()
         _release(engine)
 
+    def _check_open(self) -> None:
+        if self._closed:
+            raise RuntimeError("this Scorer is closed")
+        if self._forked:
+            raise RuntimeError(FORKED)
+
+    def forget_fork(self) -> None:
+        """In a forked copy of the process: drops the lock if a thread that is not there holds it, and what that was loading."""
+        if self._lock.acquire(blocking=False):
+            self._lock.release()
+        else:
+            self._lock = threading.RLock()
+            self._forked = True
+
     def _give_up(self, engine: Engine) -> None:
         with self._lock:
             if self.engine is not engine:
@@ -109,3 +139,12 @@ def _release(engine: Engine | None) -> None:
         from .core.registry import release
 
         release(engine)
+
+
+def _after_fork() -> None:
+    for lease in list(_leases):
+        lease.forget_fork()
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=_after_fork)

@@ -462,6 +462,60 @@ print(len(scorer.score("a", ["b"])))
     assert done.stdout.endswith("1\n")
 
 
+def test_a_child_that_was_forked_while_a_model_was_being_loaded_is_told(encoder_dir: str) -> None:
+    """It waited for a lock of a thread that it has not."""
+    program = f"""
+import os
+import threading
+from bge_rerank_plugins import Scorer
+scorer = Scorer({encoder_dir!r})
+lock, held, done = scorer._lease._lock, threading.Event(), threading.Event()
+def hold():
+    with lock:
+        held.set()
+        done.wait()
+thread = threading.Thread(target=hold)
+thread.start()
+held.wait()
+child = os.fork()
+if child == 0:
+    try:
+        scorer.score("a", ["b"])
+    except RuntimeError as error:
+        print(error, flush=True)
+    scorer.close()
+    os._exit(7)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+done.set()
+thread.join()
+print(len(scorer.score("a", ["b"])))
+"""
+    command = [sys.executable, "-W", "ignore", "-c", program]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("this process was forked while a thread was loading the model")
+    assert done.stdout.endswith("1\n")
+
+
+def test_a_scorer_may_be_closed_by_a_signals_handler_while_it_loads(
+    encoder_dir: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The handler runs in the thread that loads, and waited for itself."""
+    from bge_rerank_plugins.core import registry
+
+    scorer = Scorer(encoder_dir, max_batch_tokens=778)
+    acquire = registry.acquire
+
+    def interrupted(settings: RerankSettings) -> object:
+        scorer.close()
+        return acquire(settings)
+
+    monkeypatch.setattr(registry, "acquire", interrupted)
+    with pytest.raises(RuntimeError, match="this Scorer is closed"):
+        scorer.score("a", ["b"])
+    assert not [key for key in registry._engines if '"max_batch_tokens":778' in key]
+
+
 @pytest.mark.parametrize("layers", [5, "35", [5.0], [True], None])
 def test_what_are_no_layers_is_refused(layers: object) -> None:
     with Scorer(str(DATA / "layerwise")) as scorer, pytest.raises(ValueError, match="cutoff_layer"):

@@ -323,6 +323,12 @@ def _without_adapter(layer: Any) -> Any:
     return layer
 
 
+def forget_fork() -> None:
+    """In a forked copy of the process: drops the lock, which a thread that is not there may hold."""
+    global _one_load_at_a_time
+    _one_load_at_a_time = threading.Lock()
+
+
 @contextmanager
 def alone_and_quiet(show_progress: bool) -> Iterator[None]:
     """One load at a time, and meanwhile nothing on standard error from transformers, the hub or peft, process-wide.
