@@ -20,6 +20,9 @@ settings.register_profile(
 settings.load_profile("ci")
 
 DATA = Path(__file__).parent / "data"
+LANGSMITHS_WARNING = "ignore:'asyncio.iscoroutinefunction' is deprecated:DeprecationWarning"
+"""What its import says from Python 3.14 on."""
+
 ORACLE: dict[str, Any] = json.loads((DATA / "oracle.json").read_text(encoding="utf-8"))
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import LANGSMITHS_WARNING
 from langchain_classic.retrievers import ContextualCompressionRetriever
 from langchain_classic.retrievers.document_compressors import CrossEncoderReranker, DocumentCompressorPipeline
 from langchain_core.callbacks import AsyncCallbackManager, BaseCallbackHandler, CallbackManager
@@ -462,7 +463,8 @@ def test_cross_encoder_works_inside_cross_encoder_reranker(documents, reference)
 
 
 def python(code):
-    return subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=False)
+    command = [sys.executable, "-W", "error", "-W", LANGSMITHS_WARNING, "-c", code]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
 def test_import_without_langchain_core_names_the_cure():

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import LANGSMITHS_WARNING
 
 from bge_rerank_plugins.demo import PUBLISHED_MODEL
 
@@ -20,7 +21,7 @@ COMMANDS = [code for language, code in BLOCKS if language == "bash"]
 @pytest.mark.parametrize("code", PYTHON, ids=range(len(PYTHON)))
 def test_python_blocks_run(code: str) -> None:
     """Each in a process of its own, with the embedded model in place of the published one, which is 2 GB."""
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "default"}
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": f"default,{LANGSMITHS_WARNING}"}
     ran = subprocess.run(
         [sys.executable, "-c", code.replace(PUBLISHED_MODEL, "embedded")],
         env=environment,
