@@ -432,6 +432,14 @@ print([worker.is_alive() for worker in workers])
     assert "True" not in done.stdout
 
 
+def printed_by(program: str) -> str:
+    """What a program prints that forks and ends well."""
+    command = [sys.executable, "-W", "ignore", "-c", program]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 def test_a_forked_child_is_told_that_the_model_cannot_follow(encoder_dir: str) -> None:
     program = f"""
 import os
@@ -455,11 +463,9 @@ if child == 0:
 assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
 print(len(scorer.score("a", ["b"])))
 """
-    command = [sys.executable, "-W", "ignore", "-c", program]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("forked after a model was loaded") == 2
-    assert done.stdout.endswith("1\n")
+    said = printed_by(program)
+    assert said.count("forked after a model was loaded") == 2
+    assert said.endswith("1\n")
 
 
 def test_a_child_that_was_forked_while_a_model_was_being_loaded_is_told(encoder_dir: str) -> None:
@@ -490,11 +496,9 @@ done.set()
 thread.join()
 print(len(scorer.score("a", ["b"])))
 """
-    command = [sys.executable, "-W", "ignore", "-c", program]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("this process was forked while a thread was loading the model")
-    assert done.stdout.endswith("1\n")
+    said = printed_by(program)
+    assert said.startswith("this process was forked while a thread was loading the model")
+    assert said.endswith("1\n")
 
 
 def test_a_scorer_may_be_closed_by_a_signals_handler_while_it_loads(
