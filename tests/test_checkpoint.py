@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 import torch
 from conftest import DATA
+from transformers import PreTrainedTokenizerFast
 
 from bge_rerank_plugins import Scorer
+from bge_rerank_plugins.core.prompt import PROMPT
 from bge_rerank_plugins.finetune import FinetuneSettings
 from bge_rerank_plugins.finetune.models import trainee_of
 
@@ -290,10 +292,37 @@ def test_a_layerwise_config_names_its_positions_in_either_way(
     assert scores[2] != pytest.approx(scores[0], abs=1e-2)
 
 
-@pytest.mark.parametrize("model", ["encoder", "decoder", "layerwise"])
-def test_a_tokenizer_that_cuts_texts_at_their_beginning_is_refused(model: str, tmp_path: Path) -> None:
+PASSAGES = ["a bear", "a bear that eats bamboo, and lives in the hills of Sichuan, far away from the sea"]
+
+
+def test_a_pair_is_cut_on_the_side_that_the_tokenizer_says(tmp_path: Path) -> None:
+    """It was cut on the right in any case."""
+    folder = changed(DATA / "encoder", tmp_path / "model", "tokenizer_config.json", truncation_side="left")
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    with Scorer(str(folder), max_length=20) as scorer:
+        sequences = scorer._lease.loaded()[1].encode("panda", PASSAGES)
+    wanted = [tokenizer("panda", passage, truncation="only_second", max_length=20).input_ids for passage in PASSAGES]
+    assert [sequence.input_ids for sequence in sequences] == wanted
+    assert [sequence.truncated for sequence in sequences] == [False, True]
+
+
+@pytest.mark.parametrize("query", ["panda", "what does the giant panda eat in the hills of Sichuan, and where"])
+@pytest.mark.parametrize("model", ["decoder", "layerwise"])
+def test_a_prompt_is_cut_on_the_side_that_the_tokenizer_says(model: str, query: str, tmp_path: Path) -> None:
     folder = changed(DATA / model, tmp_path / "model", "tokenizer_config.json", truncation_side="left")
-    assert "truncation_side='left'" in refused(folder)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+
+    def ids(text: str, **options: Any) -> list[int]:
+        return list(tokenizer(text, add_special_tokens=False, **options).input_ids)
+
+    with Scorer(str(folder), max_length=20) as scorer:
+        sequences = scorer._lease.loaded()[1].encode(query, PASSAGES)
+        together = scorer.score(query, PASSAGES)
+        assert together == pytest.approx([scorer.score(query, [passage])[0] for passage in PASSAGES], abs=1e-4)
+    head = [tokenizer.bos_token_id, *ids("A: " + query, truncation=True, max_length=15)]
+    tail = [*ids("\n"), *ids(PROMPT)]
+    wanted = [[*head, *[*ids("\n"), *ids("B: " + passage)][len(head) - 20 :], *tail] for passage in PASSAGES]
+    assert [sequence.input_ids for sequence in sequences] == wanted
 
 
 def test_tokenizer_files_that_disagree_are_refused(classifier_dirs: dict[str, str], tmp_path: Path) -> None:

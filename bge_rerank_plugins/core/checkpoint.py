@@ -182,7 +182,7 @@ class Checkpoint:
         pipeline themselves, and the model cards' scores were made with the file's.
 
         Raises:
-            ValueError: There is none, it cannot be loaded, is no fast one, cuts texts on the left, or its files disagree.
+            ValueError: There is none, it cannot be loaded, is no fast one, or its files disagree.
         """
         published = self.file("tokenizer.json") is not None
         if not published and not any(self.file(name) for name in _VOCABULARIES):
@@ -196,10 +196,6 @@ class Checkpoint:
             raise ValueError(f"model={self.model!r}: its tokenizer cannot be loaded: {error}") from error
         if not isinstance(tokenizer, PreTrainedTokenizerFast):
             raise ValueError(f"model={self.model!r}: its tokenizer is no fast tokenizer; add a tokenizer.json")
-        if tokenizer.truncation_side != "right":
-            raise ValueError(
-                f"model={self.model!r}: truncation_side='left' is not supported, by which long texts lose their beginning"
-            )
         backend: Tokenizer = tokenizer.backend_tokenizer
         self._check_agreement(tokenizer.init_kwargs, backend)
         backend.no_truncation()

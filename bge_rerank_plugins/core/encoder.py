@@ -222,4 +222,5 @@ def pair_encoder(checkpoint: Checkpoint, settings: RerankSettings) -> PairEncode
     tokenizer = checkpoint.tokenizer()
     inputs = tokenizer.init_kwargs.get("model_input_names")  # where the checkpoint says so
     layout = replace(layout, token_types=layout.token_types and (inputs is None or "token_type_ids" in inputs))
-    return PairEncoder(tokenizer.backend_tokenizer, layout, int(config.pad_token_id or 0), settings, max_length)
+    padding = int(config.pad_token_id or 0)
+    return PairEncoder(tokenizer.backend_tokenizer, layout, padding, settings, max_length, tokenizer.truncation_side)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from tokenizers import Tokenizer
 
-from .sequences import TokenSequence, longest_query
+from .sequences import TokenSequence, cut, longest_query
 from .windows import split_text
 
 if TYPE_CHECKING:
@@ -119,6 +119,7 @@ class PairEncoder:
         padding: Id of the padding token.
         settings: Instructions and the longest query.
         max_length: Longest pair in tokens.
+        truncation_side: Where a text that is too long loses tokens, "right" or "left".
 
     Raises:
         ValueError: There is no room for text beside the special tokens; a query longer than the pair; a template that does not
@@ -126,9 +127,16 @@ class PairEncoder:
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, layout: PairLayout, padding: int, settings: RerankSettings, max_length: int
+        self,
+        tokenizer: Tokenizer,
+        layout: PairLayout,
+        padding: int,
+        settings: RerankSettings,
+        max_length: int,
+        truncation_side: str = "right",
     ) -> None:
         self._tokenizer = tokenizer
+        self._side = truncation_side
         self._skipped = padding if layout.skips_padding else None
         self._token_types = layout.token_types
         self._template = PairTemplate.of(tokenizer)
@@ -143,19 +151,19 @@ class PairEncoder:
 
     def encode(self, query: str, passages: Sequence[str]) -> list[TokenSequence]:
         """The query cut to its longest and the template's special tokens, then the passage cut to what is left."""
-        query_ids = self._ids([self._query_instruction + query])[0][: self._query_room]
+        query_ids = self._query_ids(query)
         room = self._room - len(query_ids)
         passage_ids = self._ids([self._passage_instruction + passage for passage in passages])
         return [self._sequence(query_ids, ids, room) for ids in passage_ids]
 
     def windows(self, query: str, passage: str) -> list[str]:
         """The passage in parts that fit beside the query, each overlapping the next; the passage itself if it fits."""
-        room = self._room - len(self._ids([self._query_instruction + query])[0][: self._query_room])
+        room = self._room - len(self._query_ids(query))
         return split_text(self._tokenizer, passage, room, self._passage_instruction)
 
     def _sequence(self, query_ids: list[int], passage_ids: list[int], room: int) -> TokenSequence:
         truncated = len(passage_ids) > room
-        passage_ids = passage_ids[:room]
+        passage_ids = cut(passage_ids, room, self._side)
         input_ids = self._template.join(query_ids, passage_ids)
         return TokenSequence(
             input_ids=input_ids,
@@ -163,6 +171,9 @@ class PairEncoder:
             position_ids=_positions_without(self._skipped, input_ids) if self._skipped in input_ids else None,
             truncated=truncated,
         )
+
+    def _query_ids(self, query: str) -> list[int]:
+        return cut(self._ids([self._query_instruction + query])[0], self._query_room, self._side)
 
     def _ids(self, texts: list[str]) -> list[list[int]]:
         return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import transformers
 
-from .sequences import TokenSequence, longest_pair, longest_query
+from .sequences import TokenSequence, cut, longest_pair, longest_query
 from .windows import split_text
 
 if TYPE_CHECKING:
@@ -53,6 +53,7 @@ class Prompt:
     def __init__(self, checkpoint: Checkpoint, settings: RerankSettings, positions: int) -> None:
         tokenizer: Any = checkpoint.tokenizer()
         self._tokenizer = tokenizer.backend_tokenizer
+        self._side: str = tokenizer.truncation_side
         self._separator, prompt, answer = self._ids([SEPARATOR, _or_default(settings.prompt, PROMPT), ANSWER])
         self._tail = [*self._separator, *prompt]
         self.answer_id = answer[0]
@@ -76,13 +77,14 @@ class Prompt:
         query_ids, *passage_ids = self._ids(
             [self._query_instruction + query, *(self._passage_instruction + passage for passage in passages)]
         )
-        head = [*self._bos, *query_ids[: self._query_room]]
+        head = [*self._bos, *self._cut_query(query_ids)]
         room = self.max_length - len(head)
-        prefix = len(head) + min(room, len(self._separator))
+        # The separator is cut with the passage: on the left it goes first, for long passages.
+        prefix = len(head) + (min(room, len(self._separator)) if self._side == "right" else 0)
         group = next(_groups)
         return [
             TokenSequence(
-                [*head, *[*self._separator, *ids[: self.max_length]][:room], *self._tail],
+                [*head, *cut([*self._separator, *ids], room, self._side), *self._tail],
                 prefix=prefix,
                 group=group,
                 truncated=len(self._separator) + len(ids) > room,
@@ -92,9 +94,12 @@ class Prompt:
 
     def windows(self, query: str, passage: str) -> list[str]:
         """The passage in parts that fit beside the query, each overlapping the next; the passage itself if it fits."""
-        head = len(self._bos) + len(self._ids([self._query_instruction + query])[0][: self._query_room])
+        head = len(self._bos) + len(self._cut_query(self._ids([self._query_instruction + query])[0]))
         room = self.max_length - head - len(self._separator)
         return split_text(self._tokenizer, passage, room, self._passage_instruction)
+
+    def _cut_query(self, ids: list[int]) -> list[int]:
+        return cut(ids, self._query_room, self._side)
 
     def _ids(self, texts: list[str]) -> list[list[int]]:
         return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]

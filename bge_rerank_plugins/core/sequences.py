@@ -41,6 +41,11 @@ def computed_tokens(sequences: Iterable[TokenSequence], kept: Iterable[int] = ()
     return tokens
 
 
+def cut(ids: list[int], room: int, side: str) -> list[int]:
+    """At most `room` of these ids; what is too much is left out at `side`, "right" or "left", as transformers' tokenizers do."""
+    return ids[:room] if side == "right" else ids[max(0, len(ids) - room) :]
+
+
 PUBLISHED_LENGTH = 1024
 """Tokens of a pair in the published evaluation."""
 
