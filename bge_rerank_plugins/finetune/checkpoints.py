@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
+from transformers import PreTrainedConfig
+
 from ..core.checkpoint import Checkpoint
 from ..core.encoder import CLASSIFIER_OF
 from ..settings import RerankSettings
@@ -46,7 +48,14 @@ class TrainingCheckpoint(Checkpoint):
         config = config | {"architectures": [RERANKER_OF.get(name, name) for name in config["architectures"]]}
         if "LayerWiseMiniCPMForCausalLM" in config["architectures"]:
             return config | {"start_layer": self.start_layer, "head_multi": True, "head_type": "simple"}
-        return config | {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
+        return config
+
+    def transformers_config(self) -> PreTrainedConfig:
+        """The config as the class of transformers that it is for, with the one label of the reranker that is made."""
+        config = super().transformers_config()
+        if self.is_base_model:
+            config.num_labels = 1
+        return config
 
 
 def checkpoint_of(settings: FinetuneSettings) -> TrainingCheckpoint:
