@@ -245,7 +245,9 @@ def _load(settings: RerankSettings, file: str) -> _Graph:
     tokenizer.no_padding()
     positions = config["max_position_embeddings"] - layout.first_position(padding)
     max_length = longest_pair(settings.max_length, positions, settings.model)
-    pairs = PairEncoder(tokenizer, layout, padding, settings, max_length)
+    said = _file(settings, "tokenizer_config.json")
+    side = "right" if said is None else json.loads(said.read_bytes()).get("truncation_side", "right")
+    pairs = PairEncoder(tokenizer, layout, padding, settings, max_length, side)
     device, providers = _providers(settings.device, onnxruntime.get_available_providers())
     graph = _needed(settings, file)
     for suffix in ("_data", ".data"):  # where a graph over 2 GB has its weights

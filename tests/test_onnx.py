@@ -2,6 +2,7 @@
 
 import asyncio
 import copy
+import json
 import math
 import pickle
 import shutil
@@ -67,6 +68,22 @@ def test_other_architectures_score_as_on_torch(kind: str, classifier_dirs: dict[
     options = {"max_length": 40, "query_instruction": "q: ", "normalize": True}
     with Scorer(classifier_dirs[kind], **options) as torch, OnnxScorer(str(tmp_path / "made"), **options) as graph:
         assert graph.score("panda", passages) == pytest.approx(torch.score("panda", passages), abs=1e-4)
+
+
+def test_texts_are_cut_on_the_side_that_the_tokenizer_says(exported: str, tmp_path: Path) -> None:
+    passages = ["a bear that eats bamboo, and lives in the hills of Sichuan, far away from the sea"]
+    scores = {}
+    for side in ("right", "left"):
+        directory = Path(shutil.copytree(exported, tmp_path / side))
+        said = json.loads((directory / "tokenizer_config.json").read_text())
+        (directory / "tokenizer_config.json").write_text(json.dumps(said | {"truncation_side": side}))
+        for name in ("config.json", "model.safetensors"):
+            shutil.copy(Path(ENCODER) / name, directory)
+        with Scorer(str(directory), max_length=20) as torch_scorer:
+            scores[side] = torch_scorer.score("panda", passages)
+        with OnnxScorer(str(directory), device="cpu", max_length=20) as scorer:
+            assert scorer.score("panda", passages) == pytest.approx(scores[side], abs=1e-4)
+    assert scores["left"] != pytest.approx(scores["right"], abs=1e-3)
 
 
 def test_all_forms_of_asking_agree(graph: OnnxScorer) -> None:
