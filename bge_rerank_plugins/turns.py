@@ -7,6 +7,7 @@ nothing of what the work is.
 from __future__ import annotations
 
 import asyncio
+import weakref
 from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,11 @@ CLOSED = "the scorer was closed before this request was tokenised"
 RETURNED_AT_ONCE = 16
 """Results that go back to the loop together; more would keep the device waiting for the first."""
 
-_Waiting = list[tuple[Callable[[], Any], "asyncio.Future[Any]"]]
+
+class _Waiting(list[tuple[Callable[[], Any], "asyncio.Future[Any]"]]):
+    """Work of one turn, and what waits for it. The loop alone holds it: a loop that is closed and dropped takes it along."""
+
+
 _Done = list[tuple["asyncio.Future[Any]", Any, "BaseException | None"]]
 
 
@@ -32,19 +37,22 @@ class Turns:
 
     def __init__(self, thread: ThreadPoolExecutor) -> None:
         self.thread = thread
-        self._waiting: _Waiting = []
+        self._waiting: Callable[[], _Waiting | None] = _none
 
     def run(self, work: Callable[[], Any]) -> asyncio.Future[Any]:
         """What resolves to the result of `work`; cancelling it spares the work if it has not begun."""
         loop = asyncio.get_running_loop()
         future = loop.create_future()
-        self._waiting.append((work, future))
-        if len(self._waiting) == 1:
-            loop.call_soon(self._send, loop)
+        waiting = self._waiting()
+        if waiting is None:
+            waiting = _Waiting()
+            self._waiting = weakref.ref(waiting)
+            loop.call_soon(self._send, loop, waiting)
+        waiting.append((work, future))
         return future
 
-    def _send(self, loop: asyncio.AbstractEventLoop) -> None:
-        waiting, self._waiting = self._waiting, []
+    def _send(self, loop: asyncio.AbstractEventLoop, waiting: _Waiting) -> None:
+        self._waiting = _none
         try:
             job = self.thread.submit(_do, loop, waiting)
         except RuntimeError:  # the thread has been shut down
@@ -56,6 +64,10 @@ class Turns:
                 _give_back(loop, [(future, None, RuntimeError(CLOSED)) for _, future in waiting])
 
         job.add_done_callback(fail_if_dropped)
+
+
+def _none() -> None:
+    return None
 
 
 def _do(loop: asyncio.AbstractEventLoop, waiting: _Waiting) -> None:

@@ -7,6 +7,7 @@ import logging
 import resource
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
@@ -499,6 +500,33 @@ def test_closing_while_calls_wait_for_the_tokenizer_tells_every_one_of_them() ->
         return await asyncio.wait_for(asyncio.gather(*calls, late, return_exceptions=True), timeout=20)
 
     assert all(isinstance(each, RuntimeError) for each in asyncio.run(closed_meanwhile()))
+
+
+def test_a_loop_that_is_closed_with_a_call_just_begun_is_let_go() -> None:
+    """What waited for its turn held the loop, and was held by the scorer."""
+    with ThreadPoolExecutor(1) as thread:
+        turns = Turns(thread)
+
+        def closed_loop() -> weakref.ref[asyncio.AbstractEventLoop]:
+            loop = asyncio.new_event_loop()
+
+            def begin() -> None:
+                turns.run(int)
+                loop.stop()
+
+            loop.call_soon(begin)
+            loop.run_forever()
+            loop.close()
+            return weakref.ref(loop)
+
+        loop = closed_loop()
+        gc.collect()
+        assert loop() is None
+        assert asyncio.run(_result_of(turns)) == 0
+
+
+async def _result_of(turns: Turns) -> object:
+    return await turns.run(int)
 
 
 def test_a_call_that_comes_after_the_tokenizer_has_stopped_is_told_that_the_scorer_is_closed() -> None:
