@@ -239,11 +239,12 @@ def _load(settings: RerankSettings, file: str) -> _Graph:
     except ImportError as error:
         raise ImportError('OnnxScorer needs ONNX Runtime: pip install "bge-rerank-plugins[onnx]"') from error
     config = json.loads(_needed(settings, "config.json").read_bytes())
-    layout, padding = layout_of(config.get("model_type"), settings.model), int(config.get("pad_token_id") or 0)
+    layout = layout_of(config.get("model_type"), settings.model)
+    padding = int(config.get("pad_token_id") or 0)
     tokenizer = Tokenizer.from_file(str(_needed(settings, "tokenizer.json")))
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    positions = config["max_position_embeddings"] - layout.first_position(padding)
+    positions = config["max_position_embeddings"] - layout.first_position(config.get("pad_token_id"), settings.model)
     max_length = longest_pair(settings.max_length, positions, settings.model)
     said = _file(settings, "tokenizer_config.json")
     side = "right" if said is None else json.loads(said.read_bytes()).get("truncation_side", "right")

@@ -256,9 +256,21 @@ def changed(model: str | Path, folder: Path, file: str = "config.json", **change
     ("model", "changes", "message"),
     [
         ("layerwise", {"start_layer": 40}, "start_layer=40 is above its 11 layers"),
-        ("layerwise", {"start_layer": 0}, "start_layer=0: layers are counted from 1"),
+        ("layerwise", {"start_layer": 0}, "start_layer=0 in its config.json, not 1 or more"),
+        ("layerwise", {"num_attention_heads": "4"}, "num_attention_heads='4' in its config.json"),
         ("layerwise", {"quantization_config": {"quant_method": "fp8"}}, "quantised layerwise checkpoints"),
         ("encoder", {"is_decoder": True}, "is_decoder=True is not supported"),
+        ("encoder", {"pad_token_id": None}, "names no pad_token_id, from which positions are counted"),
+        ("encoder", {"max_position_embeddings": 2}, "leaves 0 positions for a pair"),
+        ("encoder", {"max_position_embeddings": None}, "its config.json cannot be used"),
+        (
+            "encoder",
+            {"vocab_size": 99},
+            "word_embeddings.weight has the shape (1500, 48), and by config.json it has (99, 48)",
+        ),
+        ("encoder", {"num_hidden_layers": 30}, "layer.10.attention.output.LayerNorm.bias, "),
+        ("decoder", {"hidden_act": "tangent"}, "its weights cannot be loaded: 'tangent'"),
+        ("decoder", {"max_position_embeddings": 50}, "leaves -5 positions for a pair"),
         ("decoder", {"is_causal": False}, "looks at what follows"),
         ("decoder", {"use_bidirectional_attention": True}, "looks at what follows"),
     ],
@@ -268,6 +280,25 @@ def test_a_config_that_asks_for_what_is_not_computed_is_refused(
 ) -> None:
     """Each gave other scores than the model's, or an error that did not name it."""
     assert message in refused(changed(DATA / model, tmp_path / "model", **changes))
+
+
+def test_a_checkpoint_that_gives_tuples_scores_as_one_that_does_not(tmp_path: Path) -> None:
+    """What came back had no names."""
+    for model in ("encoder", "decoder"):
+        with Scorer(str(changed(DATA / model, tmp_path / model, return_dict=False))) as scorer:
+            scores = scorer.score("panda", ["a bear"])
+        with Scorer(str(DATA / model)) as scorer:
+            assert scorer.score("panda", ["a bear"]) == scores
+
+
+def test_an_adapter_that_cannot_be_merged_is_refused(copied: Path, tmp_path: Path) -> None:
+    from peft import PromptTuningConfig, get_peft_model
+    from transformers import AutoModelForSequenceClassification
+
+    model = AutoModelForSequenceClassification.from_pretrained(copied)
+    get_peft_model(model, PromptTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=2)).save_pretrained(tmp_path / "p")
+    with pytest.raises(ValueError, match=r"peft_path=.*peft_type='PROMPT_TUNING' cannot be merged"):
+        Scorer(str(copied), peft_path=str(tmp_path / "p")).score("a", ["b"])
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -37,6 +37,9 @@ _VOCABULARIES = ("sentencepiece.bpe.model", "tokenizer.model", "spiece.model", "
 _one_load_at_a_time = threading.Lock()
 
 _ADAPTER_PREFIX = "base_model.model."
+
+# What transformers and peft raise of files that do not fit: more kinds than they write down.
+_UNFIT = (OSError, ValueError, RuntimeError, LookupError, AttributeError, TypeError, ArithmeticError, SafetensorError)
 
 logger = logging.getLogger("bge_rerank_plugins")
 
@@ -135,11 +138,15 @@ class Checkpoint:
         """The config as the class of transformers that it is for.
 
         Raises:
-            ValueError: It does not say for which.
+            ValueError: It does not say for which, or not what that needs.
         """
         if "model_type" not in self.config:
             raise ValueError(f"model={self.model!r}: its config.json names no model_type")
-        config: PreTrainedConfig = AutoConfig.from_pretrained(self.model, trust_remote_code=False, **self._hub())
+        try:
+            config: PreTrainedConfig = AutoConfig.from_pretrained(self.model, trust_remote_code=False, **self._hub())
+        except Exception as error:  # what the hub's checked dataclasses raise has no common type
+            raise ValueError(f"model={self.model!r}: its config.json cannot be used: {error}") from error
+        config.return_dict = True  # what comes back is looked at by name
         return config
 
     def check_causal(self) -> None:
@@ -161,7 +168,7 @@ class Checkpoint:
         """adapter_config.json of the LoRA adapter, or None without one.
 
         Raises:
-            ValueError: There is no such adapter.
+            ValueError: There is no such adapter, or it is none that can be merged.
             ImportError: peft is not installed.
         """
         if self.peft_path is None:
@@ -171,9 +178,14 @@ class Checkpoint:
         except ImportError as error:
             raise ImportError('peft_path needs peft: pip install "bge-rerank-plugins[peft]"') from error
         try:
-            return dict(PeftConfig.from_pretrained(self.peft_path, **self._hub(revision=False)).to_dict())
-        except (OSError, ValueError) as error:
+            config = PeftConfig.from_pretrained(self.peft_path, **self._hub(revision=False))
+        except _UNFIT as error:
             raise ValueError(f"peft_path={self.peft_path!r}: no LoRA adapter can be read there: {error}") from error
+        if config.is_prompt_learning:
+            raise ValueError(
+                f"peft_path={self.peft_path!r}: peft_type={config.peft_type.value!r} cannot be merged, as LoRA can"
+            )
+        return dict(config.to_dict())
 
     def tokenizer(self) -> PreTrainedTokenizerFast:
         """The tokenizer as published, with its truncation and padding switched off once, before anyone shares it.
@@ -235,7 +247,8 @@ class Checkpoint:
             may_lack: Beginnings of the names of weights that may be new, since they are about to be trained.
 
         Raises:
-            ValueError: No safetensors, or weights that neither the checkpoint nor its adapter holds; a LoRA adapter beside them.
+            ValueError: No safetensors, weights of other shapes than the config's, or such as neither the checkpoint nor its
+                adapter holds; a LoRA adapter beside them.
         """
         # transformers would load that adapter unasked, and report the weights that it lacks, not those that the model lacks.
         if self.file("adapter_config.json") is not None:
@@ -251,15 +264,20 @@ class Checkpoint:
                     dtype=torch.float32 if dtype == torch.int8 else dtype,
                     attn_implementation=attention,
                     use_safetensors=True,
+                    ignore_mismatched_sizes=True,  # reported, and refused below by name
                     output_loading_info=True,
                     **self._hub(),
                 )
-        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        except _UNFIT as error:
             raise ValueError(f"model={self.model!r}: its weights cannot be loaded: {error}") from error
+        for name, has, needs in sorted(report["mismatched_keys"]):
+            raise ValueError(
+                f"model={self.model!r}: {name} has the shape {tuple(has)}, and by config.json it has {tuple(needs)}"
+            )
         missing = {name for name in report["missing_keys"] if not name.startswith(may_lack)} - self._adapter_keys()
         if missing:
             raise ValueError(
-                f"model={self.model!r}: the checkpoint lacks {', '.join(sorted(missing))}; "
+                f"model={self.model!r}: the checkpoint lacks {_listed(missing)}; "
                 "scores from newly initialised weights would be random"
             )
         if self.peft_path is not None:
@@ -278,12 +296,10 @@ class Checkpoint:
                     _untie(model)
                 expected = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
                 # What the adapter has beyond that may belong to layers that are not loaded.
-                if absent := sorted(expected - names):
-                    raise ValueError(
-                        f"it lacks {absent[0]}, and {len(absent) - 1} more; it has such as {min(names, default='none')}"
-                    )
+                if absent := expected - names:
+                    raise ValueError(f"it lacks {_listed(absent)}; it has such as {min(names, default='none')}")
                 return adapted.merge_and_unload()
-        except (OSError, ValueError, RuntimeError, KeyError, AttributeError, TypeError, SafetensorError) as error:
+        except _UNFIT as error:
             raise ValueError(f"peft_path={peft_path!r}: does not fit model={self.model!r}: {error}") from error
 
     def _adapter_keys(self) -> set[str]:
@@ -317,6 +333,12 @@ def _without_adapter(layer: Any) -> Any:
         if hasattr(layer, name):
             return _without_adapter(getattr(layer, name))
     return layer
+
+
+def _listed(names: Collection[str], most: int = 4) -> str:
+    """The first of these names, in their order, and how many more there are."""
+    first, more = sorted(names)[:most], len(names) - most
+    return ", ".join(first) + (f", and {more} more" if more > 0 else "")
 
 
 def forget_fork() -> None:

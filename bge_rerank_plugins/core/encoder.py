@@ -41,7 +41,7 @@ class Encoder:
     packs_weights: ClassVar[bool] = True
     layers: ClassVar[range | None] = None
 
-    def __init__(self, model: PreTrainedModel, pairs: PairEncoder, max_length: int, layout: PairLayout) -> None:
+    def __init__(self, model: PreTrainedModel, pairs: PairEncoder, max_length: int, first_position: int) -> None:
         self.max_length = max_length
         self._pairs = pairs
         backbone: Any = model.base_model
@@ -52,7 +52,7 @@ class Encoder:
         work_in_place(backbone.encoder)
         self._backbone = backbone
         self._head = _head_of(model).float()  # scores are float32 from the head on
-        self._first_position = layout.first_position(model.config.pad_token_id)
+        self._first_position = first_position
 
     @classmethod
     def load(
@@ -69,7 +69,7 @@ class Encoder:
         model: Any = checkpoint.load(AutoModelForSequenceClassification, config, dtype, device)
         if dtype == torch.int8:
             round_linear_layers(model.base_model.encoder.layer[:-1])
-        return cls(model, pairs, max_length, layout)
+        return cls(model, pairs, max_length, layout.first_position(config.pad_token_id, checkpoint.model))
 
     @classmethod
     def describe(cls, checkpoint: Checkpoint, settings: RerankSettings) -> dict[str, str]:
@@ -208,7 +208,7 @@ def checked_config(checkpoint: Checkpoint, settings: RerankSettings) -> tuple[Pr
             f"model={checkpoint.model!r}: position_embedding_type={kind!r} is not supported, only 'absolute'"
         )
     layout = layout_of(config.model_type, checkpoint.model)
-    positions = config.max_position_embeddings - layout.first_position(config.pad_token_id)
+    positions = config.max_position_embeddings - layout.first_position(config.pad_token_id, checkpoint.model)
     return config, layout, longest_pair(settings.max_length, positions, checkpoint.model)
 
 

@@ -29,18 +29,15 @@ if TYPE_CHECKING:
 
 HEAD_TYPES = ("simple", "complex", "raw")
 
-_NEEDED = (
-    "head_type",
-    "head_multi",
+_COUNTS = (
     "start_layer",
     "num_hidden_layers",
     "num_attention_heads",
     "hidden_size",
     "vocab_size",
     "max_position_embeddings",
-    "scale_emb",
-    "scale_depth",
 )
+_NEEDED = ("head_type", "head_multi", *_COUNTS, "scale_emb", "scale_depth")
 """What a layerwise config says of its own, and no default would be right for."""
 
 
@@ -218,13 +215,14 @@ def layers_of(checkpoint: Checkpoint) -> range:
         raise ValueError(
             f"head_type={config['head_type']!r} in {checkpoint.model!r}: not one of {', '.join(HEAD_TYPES)}"
         )
+    for name in _COUNTS:
+        if not isinstance(config[name], int) or config[name] < 1:
+            raise ValueError(f"model={checkpoint.model!r}: {name}={config[name]!r} in its config.json, not 1 or more")
     layers = range(config["start_layer"], config["num_hidden_layers"] + 1)
     if not layers:
         raise ValueError(
             f"model={checkpoint.model!r}: start_layer={layers.start} is above its {config['num_hidden_layers']} layers"
         )
-    if layers.start < 1:
-        raise ValueError(f"model={checkpoint.model!r}: start_layer={layers.start}: layers are counted from 1")
     return layers
 
 

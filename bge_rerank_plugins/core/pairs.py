@@ -32,9 +32,23 @@ class PairLayout:
     skips_padding: bool
     token_types: bool
 
-    def first_position(self, padding: int | None) -> int:
-        """Position id of a sequence's first token."""
-        return int(padding or 0) + 1 if self.skips_padding else 0
+    def first_position(self, padding: int | None, model: str) -> int:
+        """Position id of a sequence's first token.
+
+        Args:
+            padding: Id of the padding token, as config.json has it.
+            model: The checkpoint's name, for the message.
+
+        Raises:
+            ValueError: It names none, and positions are counted from it.
+        """
+        if not self.skips_padding:
+            return 0
+        if padding is None:
+            raise ValueError(
+                f"model={model!r}: its config.json names no pad_token_id, from which positions are counted"
+            )
+        return int(padding) + 1
 
 
 ROBERTA = PairLayout(skips_padding=True, token_types=False)

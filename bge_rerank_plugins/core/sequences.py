@@ -59,8 +59,10 @@ def longest_pair(asked: int | None, positions: int, model: str) -> int:
         model: The checkpoint's name, for the message.
 
     Raises:
-        ValueError: More is asked for than there is.
+        ValueError: More is asked for than there is, or there is nothing.
     """
+    if positions < 1:
+        raise ValueError(f"model={model!r}: its config.json leaves {positions} positions for a pair")
     if asked is None:
         return min(PUBLISHED_LENGTH, positions)
     if asked > positions:

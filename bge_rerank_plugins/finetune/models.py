@@ -42,7 +42,7 @@ class EncoderTrainee(Trainee):
             )
         config = self.checkpoint.transformers_config()
         layout = layout_of(config.model_type, self.checkpoint.model)
-        self._first_position = layout.first_position(config.pad_token_id)
+        self._first_position = layout.first_position(config.pad_token_id, self.checkpoint.model)
         return self.checkpoint.load(
             AutoModelForSequenceClassification,
             config,
