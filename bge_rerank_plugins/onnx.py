@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .core.pairs import PairEncoder, layout_of
 from .core.sequences import TokenSequence, longest_pair
+from .core.words import Words
 from .ranking import RankedPassage, check_cut, rank_scores, sigmoid
 from .settings import RerankSettings
 from .texts import checked_requests, checked_texts, requests_of_pairs
@@ -248,7 +249,8 @@ def _load(settings: RerankSettings, file: str) -> _Graph:
     max_length = longest_pair(settings.max_length, positions, settings.model)
     said = _file(settings, "tokenizer_config.json")
     side = "right" if said is None else json.loads(said.read_bytes()).get("truncation_side", "right")
-    pairs = PairEncoder(tokenizer, layout, padding, settings, max_length, side)
+    words = Words(tokenizer, config.get("vocab_size"), settings.model)
+    pairs = PairEncoder(words, layout, padding, settings, max_length, side)
     device, providers = _providers(settings.device, onnxruntime.get_available_providers())
     graph = _needed(settings, file)
     for suffix in ("_data", ".data"):  # where a graph over 2 GB has its weights

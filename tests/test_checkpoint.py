@@ -471,3 +471,42 @@ def test_a_revision_of_a_local_directory_is_said_to_change_nothing(
     with Scorer(str(copied), revision="v2") as scorer:
         assert len(scorer.score("a", ["b"])) == 1
     assert caplog.messages == [f"revision='v2' is not looked at: model={str(copied)!r} is a local directory"]
+
+
+def with_a_token_more(model: str | Path, folder: Path) -> Path:
+    """A copy whose tokenizer knows "<weird>", which has no row among the weights."""
+    shutil.copytree(model, folder)
+    said = json.loads((folder / "tokenizer.json").read_text())
+    said["added_tokens"].append(said["added_tokens"][0] | {"id": 1502, "content": "<weird>"})
+    (folder / "tokenizer.json").write_text(json.dumps(said))
+    return folder
+
+
+@pytest.mark.parametrize("model", ["encoder", "decoder", "layerwise"])
+def test_a_token_that_the_weights_do_not_know_fails_its_own_request_alone(model: str, tmp_path: Path) -> None:
+    """Looking it up failed all that was in the pack, and on CUDA it would have ended the process's use of the device."""
+    with Scorer(str(with_a_token_more(DATA / model, tmp_path / "model"))) as scorer:
+        scores = scorer.score("panda", ["a bear"])
+        for query, passages in (("panda", ["a bear", "a <weird> bear"]), ("<weird>", ["a bear"])):
+            with pytest.raises(ValueError, match=r"'<weird>' cannot be scored: it is token 150\d of the tokenizer"):
+                scorer.score(query, passages)
+        assert scorer.score("panda", ["a bear"]) == scores
+
+
+@pytest.mark.parametrize(
+    ("model", "token"), [("encoder", "<s>"), ("decoder", "whether the"), ("layerwise", "whether the")]
+)
+def test_a_token_of_every_pair_that_the_weights_do_not_know_is_found_at_loading(
+    model: str, token: str, tmp_path: Path
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(DATA / model, folder)
+    said = json.loads((folder / "tokenizer.json").read_text())
+    if token == "<s>":
+        for special in said["post_processor"]["special_tokens"].values():
+            special["ids"] = [1700]
+    else:
+        said["added_tokens"].append(said["added_tokens"][0] | {"id": 1502, "content": token, "special": False})
+    (folder / "tokenizer.json").write_text(json.dumps(said))
+    with pytest.raises(ValueError, match="cannot be scored"), Scorer(str(folder)) as scorer:
+        scorer.warmup()

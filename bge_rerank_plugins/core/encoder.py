@@ -22,6 +22,7 @@ from .linear import in_few_sizes, pack_linear_layers
 from .packing import Pack
 from .pairs import PairEncoder, PairLayout, layout_of
 from .sequences import TokenSequence, longest_pair
+from .words import Words
 
 if TYPE_CHECKING:
     from ..settings import RerankSettings
@@ -223,4 +224,5 @@ def pair_encoder(checkpoint: Checkpoint, settings: RerankSettings) -> PairEncode
     inputs = tokenizer.init_kwargs.get("model_input_names")  # where the checkpoint says so
     layout = replace(layout, token_types=layout.token_types and (inputs is None or "token_type_ids" in inputs))
     padding = int(config.pad_token_id or 0)
-    return PairEncoder(tokenizer.backend_tokenizer, layout, padding, settings, max_length, tokenizer.truncation_side)
+    words = Words(tokenizer.backend_tokenizer, config.vocab_size, checkpoint.model)
+    return PairEncoder(words, layout, padding, settings, max_length, tokenizer.truncation_side)

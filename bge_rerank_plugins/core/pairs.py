@@ -14,6 +14,7 @@ from tokenizers import Tokenizer
 
 from .sequences import TokenSequence, cut, longest_query
 from .windows import split_text
+from .words import Words
 
 if TYPE_CHECKING:
     from ..settings import RerankSettings
@@ -128,7 +129,7 @@ class PairEncoder:
     """Pairs as token ids; safe to call from many threads at once.
 
     Args:
-        tokenizer: The tokenizer, its truncation and padding switched off.
+        words: What makes token ids of texts.
         layout: How the architecture lays out a pair.
         padding: Id of the padding token.
         settings: Instructions and the longest query.
@@ -137,23 +138,24 @@ class PairEncoder:
 
     Raises:
         ValueError: There is no room for text beside the special tokens; a query longer than the pair; a template that does not
-            hold query and passage.
+            hold query and passage, or has tokens that the weights do not know.
     """
 
     def __init__(
         self,
-        tokenizer: Tokenizer,
+        words: Words,
         layout: PairLayout,
         padding: int,
         settings: RerankSettings,
         max_length: int,
         truncation_side: str = "right",
     ) -> None:
-        self._tokenizer = tokenizer
+        self._words = words
         self._side = truncation_side
         self._skipped = padding if layout.skips_padding else None
         self._token_types = layout.token_types
-        self._template = PairTemplate.of(tokenizer)
+        self._template = PairTemplate.of(words.tokenizer)
+        words.check(self._template.join([], []))
         self._query_instruction = settings.query_instruction or ""
         self._passage_instruction = settings.passage_instruction or ""
         self._room = max_length - len(self._template)
@@ -167,13 +169,13 @@ class PairEncoder:
         """The query cut to its longest and the template's special tokens, then the passage cut to what is left."""
         query_ids = self._query_ids(query)
         room = self._room - len(query_ids)
-        passage_ids = self._ids([self._passage_instruction + passage for passage in passages])
+        passage_ids = self._words.ids([self._passage_instruction + passage for passage in passages])
         return [self._sequence(query_ids, ids, room) for ids in passage_ids]
 
     def windows(self, query: str, passage: str) -> list[str]:
         """The passage in parts that fit beside the query, each overlapping the next; the passage itself if it fits."""
         room = self._room - len(self._query_ids(query))
-        return split_text(self._tokenizer, passage, room, self._passage_instruction)
+        return split_text(self._words.tokenizer, passage, room, self._passage_instruction)
 
     def _sequence(self, query_ids: list[int], passage_ids: list[int], room: int) -> TokenSequence:
         truncated = len(passage_ids) > room
@@ -187,10 +189,7 @@ class PairEncoder:
         )
 
     def _query_ids(self, query: str) -> list[int]:
-        return cut(self._ids([self._query_instruction + query])[0], self._query_room, self._side)
-
-    def _ids(self, texts: list[str]) -> list[list[int]]:
-        return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+        return cut(self._words.ids([self._query_instruction + query])[0], self._query_room, self._side)
 
 
 def _positions_without(skipped: int | None, input_ids: list[int]) -> list[int]:

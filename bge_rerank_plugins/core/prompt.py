@@ -16,6 +16,7 @@ import transformers
 
 from .sequences import TokenSequence, cut, longest_pair, longest_query
 from .windows import split_text
+from .words import Words
 
 if TYPE_CHECKING:
     from ..settings import RerankSettings
@@ -47,14 +48,15 @@ class Prompt:
         answer_id: Id of the first token of "Yes".
 
     Raises:
-        ValueError: A `max_length` beyond the positions, or one that leaves no room; a query longer than the pair.
+        ValueError: A `max_length` beyond the positions, or one that leaves no room; a query longer than the pair; tokens that the
+            weights do not know.
     """
 
     def __init__(self, checkpoint: Checkpoint, settings: RerankSettings, positions: int) -> None:
         tokenizer: Any = checkpoint.tokenizer()
-        self._tokenizer = tokenizer.backend_tokenizer
+        self._words = Words(tokenizer.backend_tokenizer, checkpoint.config.get("vocab_size"), checkpoint.model)
         self._side: str = tokenizer.truncation_side
-        self._separator, prompt, answer = self._ids([SEPARATOR, _or_default(settings.prompt, PROMPT), ANSWER])
+        self._separator, prompt, answer = self._words.ids([SEPARATOR, _or_default(settings.prompt, PROMPT), ANSWER])
         self._tail = [*self._separator, *prompt]
         self.answer_id = answer[0]
         self.extra_tokens = len(self._tail)
@@ -71,10 +73,11 @@ class Prompt:
         # FlagEmbedding starts without a first token where the tokenizer has none, or pads with it.
         has_bos = tokenizer.bos_token_id not in (None, tokenizer.pad_token_id)
         self._bos = [int(tokenizer.bos_token_id)] if has_bos else []
+        self._words.check(self._bos)
 
     def encode(self, query: str, passages: Sequence[str]) -> list[TokenSequence]:
         """Ids of the query with each passage. The query and what stands before it are a prefix that all share."""
-        query_ids, *passage_ids = self._ids(
+        query_ids, *passage_ids = self._words.ids(
             [self._query_instruction + query, *(self._passage_instruction + passage for passage in passages)]
         )
         head = [*self._bos, *self._cut_query(query_ids)]
@@ -94,15 +97,12 @@ class Prompt:
 
     def windows(self, query: str, passage: str) -> list[str]:
         """The passage in parts that fit beside the query, each overlapping the next; the passage itself if it fits."""
-        head = len(self._bos) + len(self._cut_query(self._ids([self._query_instruction + query])[0]))
+        head = len(self._bos) + len(self._cut_query(self._words.ids([self._query_instruction + query])[0]))
         room = self.max_length - head - len(self._separator)
-        return split_text(self._tokenizer, passage, room, self._passage_instruction)
+        return split_text(self._words.tokenizer, passage, room, self._passage_instruction)
 
     def _cut_query(self, ids: list[int]) -> list[int]:
         return cut(ids, self._query_room, self._side)
-
-    def _ids(self, texts: list[str]) -> list[list[int]]:
-        return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
 
 
 def _check_no_bos(checkpoint: Checkpoint) -> None:
