@@ -249,3 +249,8 @@ def checked_scores(scores: Sequence[float], passages: Sequence[object]) -> list[
         if not math.isfinite(score):
             raise ValueError(f"the scorer's score of passage {index} is {score}")
     return checked
+
+
+def overrides(kind: type, method: str, adapter: type) -> bool:
+    """Whether a subclass of an adapter finds a method of its own, or of a class that it inherits from before the adapter."""
+    return next(each for each in kind.__mro__ if method in vars(each)) is not adapter

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from copy import deepcopy
+from functools import partial
 from types import EllipsisType
 from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 from typing_extensions import TypedDict
 
-from .adapter import AdapterSettings, ScorerSettings, checked_scores
+from .adapter import AdapterSettings, ScorerSettings, checked_scores, overrides
 from .texts import by_place, requests_of_pairs
 
 try:
@@ -76,7 +76,7 @@ class BGERerank(AdapterSettings, BaseDocumentCompressor):
     def __pydantic_init_subclass__(cls, **options: Any) -> None:
         """As in LangChain's other compressors, a subclass that overrides the blocking method alone means the async one, too."""
         super().__pydantic_init_subclass__(**options)
-        if "compress_documents" in vars(cls) and "acompress_documents" not in vars(cls):
+        if overrides(cls, "compress_documents", BGERerank) and not overrides(cls, "acompress_documents", BGERerank):
             cls.acompress_documents = BaseDocumentCompressor.acompress_documents  # type: ignore[method-assign,assignment]
 
     def compress_documents(
@@ -148,8 +148,9 @@ class BGERerank(AdapterSettings, BaseDocumentCompressor):
             ValueError: As `compress_documents`, naming the request by its place.
         """
         given = by_place(requests, "(documents, query)", lambda documents, query: (_listed(documents), query))
-        if self._overrides("compress_documents"):
-            return [list(self.compress_documents(documents, query, callbacks)) for documents, query in given]
+        if overrides(type(self), "compress_documents", BGERerank):
+            compress = partial(self.compress_documents, callbacks=callbacks)
+            return by_place(given, "", lambda documents, query: list(compress(documents, query)))
         texts = by_place(given, "", lambda documents, query: (query, _texts(documents, Document)))
         with ExitStack() as runs:
             compressed = [runs.enter_context(self._traced(documents, query, callbacks)) for documents, query in given]
@@ -173,18 +174,14 @@ class BGERerank(AdapterSettings, BaseDocumentCompressor):
         return step.with_types(input_type=RerankInput, output_type=list[Document])
 
     def _invoke(self, given: RerankInput) -> list[Document]:
-        if self._overrides("compress_documents"):
+        if overrides(type(self), "compress_documents", BGERerank):
             return list(self.compress_documents(*_step_input(given)))
         return self._compressed(*_step_input(given))  # the step's own run is the one to be traced
 
     async def _ainvoke(self, given: RerankInput) -> list[Document]:
-        if self._overrides("acompress_documents"):
+        if overrides(type(self), "acompress_documents", BGERerank):
             return list(await self.acompress_documents(*_step_input(given)))
         return await self._acompressed(*_step_input(given))
-
-    def _overrides(self, method: str) -> bool:
-        """Whether this is a subclass with a method of its own, which then is to be called however it is reached."""
-        return getattr(type(self), method) is not getattr(BGERerank, method)
 
     def rerank(
         self, documents: Sequence[Document | str], query: str, *, top_n: int | EllipsisType | None = ...
@@ -252,7 +249,7 @@ class BGERerank(AdapterSettings, BaseDocumentCompressor):
         # A copy, not a new Document, which would lose the id and the class.
         return [
             documents[index].model_copy(
-                update={"metadata": {**_copied(documents[index].metadata), self.relevance_score_key: score}}
+                update={"metadata": {**_copied(documents[index].metadata, {}), self.relevance_score_key: score}}
             )
             for index, score in ranked
         ]
@@ -318,12 +315,22 @@ def _listed(documents: Iterable[Any]) -> list[Any]:
     return list(documents)
 
 
-def _copied(metadata: dict[str, Any]) -> dict[str, Any]:
-    """A copy that shares no list or dictionary with a document that a store may still hold."""
-    try:
-        return deepcopy(metadata)
-    except Exception:  # a lock, a connection: there is no copy of it, and it is shared
-        return dict(metadata)
+def _copied(value: Any, copies: dict[int, Any]) -> Any:
+    """A copy that shares no list or dictionary with a document that a store may still hold, and everything else.
+
+    Args:
+        value: Metadata, or something in it.
+        copies: By `id` of the original, since one may be there twice, or hold itself.
+    """
+    if type(value) not in (dict, list) or id(value) in copies:
+        return copies.get(id(value), value)
+    copy: Any = type(value)()
+    copies[id(value)] = copy
+    if isinstance(value, dict):
+        copy.update((name, _copied(each, copies)) for name, each in value.items())
+    else:
+        copy.extend(_copied(each, copies) for each in value)
+    return copy
 
 
 def _step_input(given: Any) -> tuple[list[Any], str]:

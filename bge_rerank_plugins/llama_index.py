@@ -9,12 +9,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import copy_context
 from functools import partial
-from inspect import getattr_static
 from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, Field, field_validator, model_validator
 
-from .adapter import AdapterSettings
+from .adapter import AdapterSettings, overrides
 from .texts import by_place
 
 try:
@@ -109,7 +108,7 @@ class BGERerank(AdapterSettings, BaseNodePostprocessor):
     def __pydantic_init_subclass__(cls, **options: Any) -> None:
         """As in LlamaIndex's own, a subclass that overrides the blocking method alone means the async one, too."""
         super().__pydantic_init_subclass__(**options)
-        if "_postprocess_nodes" in vars(cls) and "_apostprocess_nodes" not in vars(cls):
+        if overrides(cls, "_postprocess_nodes", BGERerank) and not overrides(cls, "_apostprocess_nodes", BGERerank):
             cls._apostprocess_nodes = BaseNodePostprocessor._apostprocess_nodes  # type: ignore[method-assign]
 
     def _postprocess_nodes(
@@ -145,8 +144,8 @@ class BGERerank(AdapterSettings, BaseNodePostprocessor):
             ValueError: As `postprocess_nodes`, naming the request by its place.
         """
         bundles = by_place(requests, "(nodes, query)", _given)
-        if getattr_static(type(self), "_postprocess_nodes") is not getattr_static(BGERerank, "_postprocess_nodes"):
-            return [self.postprocess_nodes(nodes, bundle) for nodes, bundle in bundles]
+        if overrides(type(self), "_postprocess_nodes", BGERerank):
+            return by_place(bundles, "", lambda nodes, bundle: self.postprocess_nodes(nodes, bundle))
         texts = by_place(bundles, "", lambda nodes, bundle: (_query(bundle), self._texts(nodes)))
         with ExitStack() as reports:
             returned = []

@@ -575,13 +575,70 @@ async def test_a_subclass_that_overrides_the_blocking_method_means_all_of_them(d
         assert [document.id for document in found] == [reranker.compress_documents(documents, QUERY)[0].id]
 
 
+class Quiet:
+    """A mixin with one of the two methods."""
+
+    def compress_documents(self, documents, query, *, callbacks=None):
+        return documents[:1] if query == QUERY else _refuse(query)
+
+
+class Hurried:
+    async def acompress_documents(self, documents, query, callbacks=None):
+        return documents[:2]
+
+
+class QuietReranker(Quiet, BGERerank):
+    pass
+
+
+class QuietAndHurried(Quiet, Hurried, BGERerank):
+    pass
+
+
+class HurriedWithOwn(Hurried, BGERerank):
+    compress_documents = Quiet.compress_documents
+
+
+def _refuse(query):
+    raise ValueError(f"query={query!r}: not that one")
+
+
+async def test_methods_that_are_inherited_before_the_rerankers_count_as_its_own(documents):
+    """Those of a mixin were passed by, or replaced."""
+    assert await HurriedWithOwn(model=MODEL).acompress_documents(documents, QUERY) == documents[:2]
+    assert await QuietAndHurried(model=MODEL).acompress_documents(documents, QUERY) == documents[:2]
+    quiet = QuietReranker(model=MODEL)
+    assert quiet.compress_documents_batch([(documents, QUERY)]) == [documents[:1]]
+    assert quiet.as_runnable().invoke({"documents": documents, "query": QUERY}) == documents[:1]
+    with pytest.raises(ValueError, match=r"requests\[1\]: query='other': not that one"):
+        quiet.compress_documents_batch([(documents, QUERY), (documents, "other")])
+
+
+class SyncMixin:
+    def compress_documents(self, documents, query, callbacks=None):
+        return documents[:1]
+
+
+class WithSyncMixin(SyncMixin, BGERerank):
+    pass
+
+
+async def test_a_blocking_method_of_a_mixin_means_async_calls_too(documents):
+    reranker = WithSyncMixin(model=MODEL)
+    assert await reranker.acompress_documents(documents, QUERY) == documents[:1]
+    assert await reranker.as_runnable().ainvoke({"documents": documents, "query": QUERY}) == documents[:1]
+
+
 async def test_what_is_done_to_nested_metadata_of_the_result_is_not_done_to_the_input(compress, documents):
     lock = threading.Lock()
     documents[0].metadata["lock"] = lock  # of which there is no copy
+    documents[0].metadata["itself"] = [documents[0].metadata]
     for document in await compress(BGERerank(model=MODEL, top_n=None), documents):
-        assert document.metadata.get("lock") in (None, lock)
-        if document.id != "id-0":
-            document.metadata["source"]["line"] = "changed"
+        if document.id == "id-0":
+            assert document.metadata["lock"] is lock
+            (again,) = document.metadata["itself"]
+            assert again["itself"] == [again]
+        document.metadata["source"]["line"] = "changed"
     assert [document.metadata["source"] for document in documents] == [{"line": i} for i in range(len(documents))]
 
 

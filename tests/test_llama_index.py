@@ -555,6 +555,32 @@ class Filtered(BGERerank):
         return super()._postprocess_nodes([node for node in nodes if "bamboo" not in node.text], query_bundle)
 
 
+class OneNode:
+    def _postprocess_nodes(self, nodes, query_bundle=None):
+        return nodes[:1]
+
+
+class TwoNodes:
+    async def _apostprocess_nodes(self, nodes, query_bundle=None):
+        return nodes[:2]
+
+
+class WithOneNode(OneNode, BGERerank):
+    pass
+
+
+class WithTwoNodes(TwoNodes, BGERerank):
+    def _postprocess_nodes(self, nodes, query_bundle=None):
+        return nodes[:1]
+
+
+async def test_methods_that_are_inherited_before_the_rerankers_count_as_its_own(nodes):
+    """Those of a mixin were passed by, or replaced."""
+    assert await WithOneNode(model=MODEL).apostprocess_nodes(nodes, query_str=QUERY) == nodes[:1]
+    assert WithOneNode(model=MODEL).postprocess_nodes_batch([(nodes, QUERY)]) == [nodes[:1]]
+    assert await WithTwoNodes(model=MODEL).apostprocess_nodes(nodes, query_str=QUERY) == nodes[:2]
+
+
 async def test_a_subclass_that_overrides_the_blocking_method_means_all_of_them(nodes):
     """Async calls and batches went past it."""
     reranker = Filtered(model=MODEL, top_n=None)
