@@ -16,12 +16,14 @@ from conftest import DATA
 from torch import Tensor
 
 from bge_rerank_plugins import RerankSettings, Scorer
+from bge_rerank_plugins.core import engine as engine_module
 from bge_rerank_plugins.core import layerwise, worker
-from bge_rerank_plugins.core.device import available_devices, choose_device, choose_precision
+from bge_rerank_plugins.core.device import available_devices, choose_device, choose_precision, release_cached_memory
 from bge_rerank_plugins.core.engine import EngineClosedError
 from bge_rerank_plugins.core.outcome import give_error, give_score
 from bge_rerank_plugins.core.packing import Pack
 from bge_rerank_plugins.core.prefixes import Prefixes
+from bge_rerank_plugins.core.room import Room
 from bge_rerank_plugins.core.schedule import Job, Pair, Request, Schedule
 from bge_rerank_plugins.core.sequences import TokenSequence
 from bge_rerank_plugins.core.worker import (
@@ -235,10 +237,74 @@ def test_weights_are_gone_when_the_devices_memory_is_given_back(family: str, mon
     loaded.warmup()
     weights = weakref.ref(next(loaded._lease.loaded()[1]._backbone.parameters()))  # type: ignore[attr-defined]
     seen: list[object] = []
-    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
-    monkeypatch.setattr(torch.accelerator, "empty_cache", lambda: seen.append(weights()))
+    monkeypatch.setattr(engine_module, "release_cached_memory", lambda: seen.append(weights()))
     loaded.close()
     assert seen[-1] is None  # other engines of the process may have ended meanwhile
+
+
+@pytest.mark.parametrize(("kind", "there"), [("mps", True), ("mps", False), ("cuda", False)])
+def test_memory_is_given_back_by_the_devices_own_module(
+    kind: str, there: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What torch has for all devices raises on Apple's GPUs before 2.13. CUDA is not asked for, which could begin its use."""
+    released: list[str] = []
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available=False: torch.device(kind))
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: there)
+    for module in (torch.mps, torch.cuda):
+        monkeypatch.setattr(module, "empty_cache", lambda name=module.__name__: released.append(name))
+    release_cached_memory()
+    assert released == ([f"torch.{kind}"] if there or kind == "cuda" else [])
+
+
+def test_whoever_waits_is_told_when_the_thread_fails_at_making_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pairs at hand were in no queue and in no pack."""
+
+    def full(pack: Pack, forward: Callable[[Pack], Tensor]) -> Tensor:
+        raise torch.OutOfMemoryError("injected")
+
+    def broken() -> None:
+        raise SystemError("the allocator is broken")
+
+    with Scorer(MODEL, max_batch_tokens=256) as scorer:
+        scorer.warmup()
+        inject(scorer, full)
+        engine, family = scorer._lease.loaded()
+        monkeypatch.setattr(worker, "release_cached_memory", broken)
+        request = engine.submit(family.encode("a", ["b", "c"]), engine.open_job(2)).future
+        with pytest.raises(RuntimeError, match="scoring failed: the allocator is broken"):
+            request.result(timeout=30)
+
+
+def test_a_signals_handler_may_close_a_scorer_whose_thread_holds_the_engines_lock() -> None:
+    """The worker needed that lock to end, and closing waited for the worker."""
+    scorer = Scorer(MODEL, max_batch_tokens=780)
+    engine, _ = scorer._lease.loaded()
+    with engine._changed:  # as in the midst of `submit`
+        scorer.close()
+        assert not any(worker.is_alive() for worker in engine._workers)
+
+
+@pytest.mark.parametrize("bound", [None, 50])
+@pytest.mark.parametrize("before", ["enter", "_add"])
+def test_a_request_that_enters_while_its_threads_signal_handler_closes_is_told(
+    before: str, bound: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It went into a queue that had been emptied for the last time."""
+    scorer = Scorer(MODEL, max_batch_tokens=781, max_queued_tokens=bound)
+    scorer.warmup()
+    whole = getattr(Room, before)
+
+    def interrupted(*arguments: Any, **options: Any) -> Any:
+        monkeypatch.undo()
+        scorer.close()
+        return whole(*arguments, **options)
+
+    engine, family = scorer._lease.loaded()
+    monkeypatch.setattr(Room, before, interrupted)
+    request = engine.submit(family.encode("a", ["b"]), engine.open_job(1))
+    with pytest.raises(EngineClosedError):
+        request.future.result(timeout=30)
+    assert request.entered.done()
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -6,8 +6,8 @@ import torch
 
 from .int8 import can_multiply_int8
 
-_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
-"""What torch says when Apple's GPU, the CPU's allocator or CUDA's library of products finds no memory."""
+_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "STATUS_ALLOC_FAILED")
+"""What torch says when Apple's GPU, the CPU's allocator on Linux and on Windows, or one of CUDA's libraries finds no memory."""
 
 
 class Precision(NamedTuple):
@@ -60,8 +60,15 @@ def free_memory(device: torch.device) -> int | None:
 
 def release_cached_memory() -> None:
     """Gives back what torch holds of the devices' memory and does not use."""
-    if torch.accelerator.is_available():
-        torch.accelerator.empty_cache()
+    accelerator = torch.accelerator.current_accelerator()
+    if accelerator is None:
+        return
+    # Not by torch.accelerator.empty_cache, which before torch 2.13 raises on Apple's GPUs; and CUDA's does nothing where CUDA is
+    # not in use yet, while to ask whether it is there may begin its use, for children of this process too.
+    if accelerator.type == "cuda" or torch.accelerator.is_available():
+        release = getattr(torch.get_device_module(accelerator), "empty_cache", None)
+        if release is not None:  # not every kind of device has a cache
+            release()
 
 
 def is_out_of_memory(error: Exception) -> bool:

@@ -79,6 +79,7 @@ class Engine:
 
     Attributes:
         loaded: Resolves to the family of the first device when all devices have loaded; its `encode` is safe to share.
+        loads: Whether that is still to come; read without a lock.
         tokenizer_thread: A thread that tokenises for callers who must not block.
     """
 
@@ -91,8 +92,10 @@ class Engine:
         self._closed = False
         self._exiting = False
         self._failure: BaseException | None = None
+        self._stopped = 0
         self._pid = os.getpid()
         self.loaded: Future[Family] = Future()
+        self.loads = True
         self._families: list[Family | None] = [None] * len(names)
         self.tokenizer_thread = ThreadPoolExecutor(1, thread_name_prefix="bge-rerank-tokenizer")
         self._workers = [
@@ -153,6 +156,7 @@ class Engine:
             request.has_entered()
             request.future.set_result([])
             return request
+        refused: list[Request] = []
         with self._changed:
             if not self._exiting:  # while the interpreter exits, only daemon threads ask, and wait in silence
                 self._raise_if_unusable()
@@ -162,7 +166,10 @@ class Engine:
                     "try again later"
                 )
             self._stats.truncated += sum(sequence.truncated for sequence in sequences)
+            if self._closed and not self._exiting:  # by a signal's handler, since it was looked at
+                refused = self._drain()
             self._changed.notify_all()
+        self._refuse(refused)
         return request
 
     def close(self, *, wait: bool = True) -> None:
@@ -176,8 +183,15 @@ class Engine:
         if not self._exiting:
             self._refuse(waiting)
         self.tokenizer_thread.shutdown(wait=False, cancel_futures=True)
-        for worker in self._workers:
-            if wait and worker is not threading.current_thread():
+        if wait:
+            self._join([worker for worker in self._workers if worker is not threading.current_thread()])
+
+    def _join(self, workers: list[threading.Thread]) -> None:
+        with self._changed:
+            # Waiting so lets go of the lock, which a worker needs and this thread holds where its signal's handler closes.
+            stopped = self._changed.wait_for(lambda: self._stopped >= len(workers), timeout=STOP_TIMEOUT)
+        if stopped:
+            for worker in workers:
                 worker.join(timeout=STOP_TIMEOUT)
 
     def close_at_exit(self) -> None:
@@ -229,19 +243,26 @@ class Engine:
             self._families[index] = family
             first = self._families[0]
             if first is not None and all(self._families) and not self.loaded.done():
+                self.loads = False
                 self.loaded.set_result(first)
 
     def _forget(self, index: int) -> None:
         """Drops the references to a worker's model, so that its memory is free."""
         closed = EngineClosedError("the scorer is closed")
         with self._changed:
+            self.loads = False
             self._families[index] = None
             if not self.loaded.done():  # other devices load yet, and nobody is to wait for them
                 self.loaded.set_exception(closed)
             elif self.loaded.exception() is None:
                 self.loaded = Future()
                 self.loaded.set_exception(closed)
-        release_cached_memory()
+        try:
+            release_cached_memory()
+        finally:
+            with self._changed:
+                self._stopped += 1
+                self._changed.notify_all()
 
     def _run(self, worker: Worker) -> None:
         """Scores packs until the engine is closed.
@@ -249,6 +270,7 @@ class Engine:
         Where the device computes aside, the next pack is laid and sent while it does, so that it need not wait for Python.
         """
         flights: deque[_Flight] = deque()
+        pairs: list[Pair] = []
         try:
             while (pairs := self._next_pack(worker, flights[0] if flights else None)) or flights:
                 flight = self._start(worker, pairs, alone=not flights) if pairs else None
@@ -259,8 +281,8 @@ class Engine:
                     flights.popleft()
         except BaseException as error:
             self._die(error)  # first: who is told may ask again at once
-            for flight in flights:  # nobody else knows of them any more
-                give_error_to_all(flight.pairs, error)
+            # Nobody else knows of them any more.
+            give_error_to_all([*pairs, *(pair for flight in flights for pair in flight.pairs)], error)
             raise
 
     def _next_pack(self, worker: Worker, flight: _Flight | None) -> list[Pair]:
@@ -304,10 +326,6 @@ class Engine:
             else:
                 give_error_to_all(pairs, error)
             return None
-        except BaseException as error:  # the thread is meant to end
-            self._die(error)  # first: who is told may ask again at once
-            give_error_to_all(pairs, error)
-            raise
         return _Flight(pairs, pending, start, tokens)
 
     def _try_again(self, worker: Worker, pairs: list[Pair], tokens: int, error: Exception, *, alone: bool) -> None:
