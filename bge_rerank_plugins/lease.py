@@ -25,6 +25,7 @@ FORKED = (
 )
 
 _leases: WeakSet[Lease] = WeakSet()
+_forked_while_loading = False
 
 
 class Lease:
@@ -43,8 +44,8 @@ class Lease:
         self._lock = threading.RLock()  # re-entrant: a signal's handler may close what its thread is about to acquire
         self._turns: WeakKeyDictionary[asyncio.AbstractEventLoop, Turns] = WeakKeyDictionary()
         self._finalizer: Any = None
+        self._starts = False
         self._closed = False
-        self._forked = False
         _leases.add(self)
 
     def acquired(self) -> Engine:
@@ -57,18 +58,26 @@ class Lease:
             self._check_open()
             engine = self.engine
             if engine is None or not engine.usable:
-                from .core.registry import acquire, release_when_collected
-
-                if self._finalizer is not None:
-                    self._finalizer()
-                self.engine = engine = acquire(self._settings)
-                self._finalizer = release_when_collected(self, engine)
+                self._starts = True
                 try:
-                    self._check_open()
-                except RuntimeError:
-                    self.close()  # again: there was no engine yet
-                    raise
+                    engine = self._start()
+                finally:
+                    self._starts = False
             return engine
+
+    def _start(self) -> Engine:
+        from .core.registry import acquire, release_when_collected
+
+        if self._finalizer is not None:
+            self._finalizer()
+        self.engine = engine = acquire(self._settings)
+        self._finalizer = release_when_collected(self, engine)
+        try:
+            self._check_open()
+        except RuntimeError:
+            self.close()  # again: there was no engine yet
+            raise
+        return engine
 
     def loaded(self) -> tuple[Engine, Family]:
         """The engine and its family, once the model is there. A load that failed is tried again next time."""
@@ -114,16 +123,21 @@ class Lease:
     def _check_open(self) -> None:
         if self._closed:
             raise RuntimeError("this Scorer is closed")
-        if self._forked:
+        if _forked_while_loading:
             raise RuntimeError(FORKED)
 
-    def forget_fork(self) -> None:
-        """In a forked copy of the process: drops the lock if a thread that is not there holds it, and what that was loading."""
+    def forget_fork(self) -> bool:
+        """In a forked copy of the process: drops the lock if a thread that is not there holds it.
+
+        Returns:
+            Whether such a thread was loading a model, and has left modules half imported.
+        """
+        loads = self.engine is not None and self.engine.loads
         if self._lock.acquire(blocking=False):
             self._lock.release()
-        else:
-            self._lock = threading.RLock()
-            self._forked = True
+            return loads
+        self._lock = threading.RLock()
+        return loads or self._starts
 
     def _give_up(self, engine: Engine) -> None:
         with self._lock:
@@ -142,8 +156,9 @@ def _release(engine: Engine | None) -> None:
 
 
 def _after_fork() -> None:
+    global _forked_while_loading
     for lease in list(_leases):
-        lease.forget_fork()
+        _forked_while_loading = lease.forget_fork() or _forked_while_loading
 
 
 if hasattr(os, "register_at_fork"):  # not on Windows
