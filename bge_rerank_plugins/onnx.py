@@ -243,12 +243,15 @@ def _load(settings: RerankSettings, file: str) -> _Graph:
     layout = layout_of(config.get("model_type"), settings.model)
     padding = int(config.get("pad_token_id") or 0)
     tokenizer = Tokenizer.from_file(str(_needed(settings, "tokenizer.json")))
+    side = (tokenizer.truncation or {}).get("direction", "right")  # as transformers has it where nothing else is said
     tokenizer.no_truncation()
     tokenizer.no_padding()
     positions = config["max_position_embeddings"] - layout.first_position(config.get("pad_token_id"), settings.model)
     max_length = longest_pair(settings.max_length, positions, settings.model)
     said = _file(settings, "tokenizer_config.json")
-    side = "right" if said is None else json.loads(said.read_bytes()).get("truncation_side", "right")
+    side = side if said is None else json.loads(said.read_bytes()).get("truncation_side", side)
+    if side not in ("right", "left"):
+        raise ValueError(f"model={settings.model!r}: truncation_side={side!r}: expected 'right' or 'left'")
     words = Words(tokenizer, config.get("vocab_size"), settings.model)
     pairs = PairEncoder(words, layout, padding, settings, max_length, side)
     device, providers = _providers(settings.device, onnxruntime.get_available_providers())

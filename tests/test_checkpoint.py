@@ -491,6 +491,8 @@ def test_a_token_that_the_weights_do_not_know_fails_its_own_request_alone(model:
             with pytest.raises(ValueError, match=r"'<weird>' cannot be scored: it is token 150\d of the tokenizer"):
                 scorer.score(query, passages)
         assert scorer.score("panda", ["a bear"]) == scores
+        long = "a bear " * 1500
+        assert scorer.score("panda", [long + "<weird>"]) == scorer.score("panda", [long])  # where it is cut off
 
 
 @pytest.mark.parametrize(

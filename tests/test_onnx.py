@@ -86,6 +86,30 @@ def test_texts_are_cut_on_the_side_that_the_tokenizer_says(exported: str, tmp_pa
     assert scores["left"] != pytest.approx(scores["right"], abs=1e-3)
 
 
+def test_the_side_to_cut_on_is_that_of_the_tokenizers_file_where_nothing_else_is_said(
+    exported: str, tmp_path: Path
+) -> None:
+    """As transformers has it, and so the scorer on torch."""
+    directory = Path(shutil.copytree(exported, tmp_path / "model"))
+    said = json.loads((directory / "tokenizer.json").read_text())
+    cut = {"direction": "Left", "max_length": 8, "strategy": "LongestFirst", "stride": 0}
+    (directory / "tokenizer.json").write_text(json.dumps(said | {"truncation": cut}))
+    config = json.loads((directory / "tokenizer_config.json").read_text())
+    config.pop("truncation_side", None)
+    (directory / "tokenizer_config.json").write_text(json.dumps(config))
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(Path(ENCODER) / name, directory)
+    passages = ["a bear that eats bamboo, and lives in the hills of Sichuan, far away from the sea"]
+    with (
+        Scorer(str(directory), max_length=20) as torch_scorer,
+        OnnxScorer(str(directory), device="cpu", max_length=20) as scorer,
+    ):
+        assert scorer.score("panda", passages) == pytest.approx(torch_scorer.score("panda", passages), abs=1e-4)
+    (directory / "tokenizer_config.json").write_text(json.dumps(config | {"truncation_side": None}))
+    with pytest.raises(ValueError, match="truncation_side=None"):
+        OnnxScorer(str(directory), device="cpu").score("a", ["b"])
+
+
 def test_all_forms_of_asking_agree(graph: OnnxScorer) -> None:
     passages = [f"{'panda ' * (i % 13)}{i}" for i in range(40)]
     scores = graph.score("a bear", passages)

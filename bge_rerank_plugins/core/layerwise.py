@@ -44,12 +44,10 @@ _NEEDED = ("head_type", "head_multi", *_COUNTS, "scale_emb", "scale_depth")
 class LayerwiseModel(GranitePreTrainedModel):  # type: ignore[no-untyped-call]
     """The published checkpoint's layout: the backbone, and beside it one head per layer, or one for all."""
 
-    prepare_inputs_for_generation = (
-        None  # peft looks for it where an adapter names a causal language model, as FlagEmbedding's
-    )
-
     def __init__(self, config: GraniteConfig) -> None:
         super().__init__(config)
+        # peft looks for it where an adapter names a causal language model, as FlagEmbedding's; transformers, in the class alone.
+        self.prepare_inputs_for_generation = None
         published = config.published
         self.model = GraniteModel(config)
         width = 1 if published["head_type"] == "simple" else config.vocab_size
@@ -192,7 +190,7 @@ class Layerwise:
 def _checked(checkpoint: Checkpoint, settings: RerankSettings) -> tuple[range, int, Prompt]:
     """Layers that score, the one to score at, and the prompt, once the settings are known to fit the checkpoint."""
     checkpoint.check_causal()
-    if "quantization_config" in checkpoint.config:
+    if checkpoint.config.get("quantization_config"):
         raise ValueError(f"model={checkpoint.model!r}: quantised layerwise checkpoints are not supported")
     layers = layers_of(checkpoint)
     cutoff_layer = layers[-1] if settings.cutoff_layer is None else settings.cutoff_layer

@@ -155,7 +155,7 @@ class PairEncoder:
         self._skipped = padding if layout.skips_padding else None
         self._token_types = layout.token_types
         self._template = PairTemplate.of(words.tokenizer)
-        words.check(self._template.join([], []))
+        words.known(self._template.join([], []))
         self._query_instruction = settings.query_instruction or ""
         self._passage_instruction = settings.passage_instruction or ""
         self._room = max_length - len(self._template)
@@ -180,7 +180,7 @@ class PairEncoder:
     def _sequence(self, query_ids: list[int], passage_ids: list[int], room: int) -> TokenSequence:
         truncated = len(passage_ids) > room
         passage_ids = cut(passage_ids, room, self._side)
-        input_ids = self._template.join(query_ids, passage_ids)
+        input_ids = self._words.known(self._template.join(query_ids, passage_ids))
         return TokenSequence(
             input_ids=input_ids,
             token_type_ids=self._template.join_types(query_ids, passage_ids) if self._token_types else None,

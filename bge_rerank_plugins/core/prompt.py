@@ -73,7 +73,7 @@ class Prompt:
         # FlagEmbedding starts without a first token where the tokenizer has none, or pads with it.
         has_bos = tokenizer.bos_token_id not in (None, tokenizer.pad_token_id)
         self._bos = [int(tokenizer.bos_token_id)] if has_bos else []
-        self._words.check(self._bos)
+        self._words.known([*self._bos, *self._tail, self.answer_id])
 
     def encode(self, query: str, passages: Sequence[str]) -> list[TokenSequence]:
         """Ids of the query with each passage. The query and what stands before it are a prefix that all share."""
@@ -87,7 +87,7 @@ class Prompt:
         group = next(_groups)
         return [
             TokenSequence(
-                [*head, *cut([*self._separator, *ids], room, self._side), *self._tail],
+                self._words.known([*head, *cut([*self._separator, *ids], room, self._side), *self._tail]),
                 prefix=prefix,
                 group=group,
                 truncated=len(self._separator) + len(ids) > room,

@@ -1,6 +1,6 @@
 """Texts as token ids. Knows nothing of pairs, prompts, templates or torch."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from tokenizers import Tokenizer
 
@@ -8,8 +8,8 @@ from tokenizers import Tokenizer
 class Words:
     """A checkpoint's tokenizer, and which of its tokens the weights know.
 
-    A token may have been added to a tokenizer alone. A text that holds it cannot be scored; to look it up fails the whole pack
-    on a CPU, and ends the process's use of a CUDA device, so it is found here, before others' texts are beside it.
+    A token may have been added to a tokenizer alone. A pair that holds it cannot be scored; to look it up fails the whole pack
+    on a CPU, and ends the process's use of a CUDA device, so it is looked for before others' pairs are beside it.
 
     Args:
         tokenizer: The tokenizer, its truncation and padding switched off.
@@ -21,26 +21,21 @@ class Words:
         self.tokenizer = tokenizer
         self._size = size
         self._model = model
-        highest = max([tokenizer.get_vocab_size(with_added_tokens=True) - 1, *tokenizer.get_added_tokens_decoder()])
-        self._may_be_unknown = size is not None and highest >= size
 
     def ids(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of each text, without special tokens.
+        """Token ids of each text, without special tokens."""
+        return [encoding.ids for encoding in self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def known(self, ids: list[int]) -> list[int]:
+        """These ids, once it is seen that the weights know them all.
 
         Raises:
-            ValueError: A token that the weights do not know.
+            ValueError: They do not.
         """
-        ids = [encoding.ids for encoding in self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
-        if self._may_be_unknown:
-            for each in ids:
-                self.check(each)
+        highest = max(ids, default=0)
+        if self._size is not None and highest >= self._size:
+            raise ValueError(
+                f"{self.tokenizer.id_to_token(highest)!r} cannot be scored: it is token {highest} of the tokenizer of "
+                f"{self._model!r}, whose weights have {self._size} (vocab_size in config.json)"
+            )
         return ids
-
-    def check(self, ids: Iterable[int]) -> None:
-        """Raises ValueError for a token that the weights do not know."""
-        for token in ids:
-            if self._size is not None and token >= self._size:
-                raise ValueError(
-                    f"{self.tokenizer.id_to_token(token)!r} cannot be scored: it is token {token} of the tokenizer of "
-                    f"{self._model!r}, whose weights have {self._size} (vocab_size in config.json)"
-                )
