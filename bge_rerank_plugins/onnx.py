@@ -240,7 +240,7 @@ def _load(settings: RerankSettings, file: str) -> _Graph:
     except ImportError as error:
         raise ImportError('OnnxScorer needs ONNX Runtime: pip install "bge-rerank-plugins[onnx]"') from error
     config = json.loads(_needed(settings, "config.json").read_bytes())
-    layout = layout_of(config.get("model_type"), settings.model)
+    layout = layout_of(config.get("model_type"), settings.model, config.get("type_vocab_size"))
     padding = int(config.get("pad_token_id") or 0)
     tokenizer = Tokenizer.from_file(str(_needed(settings, "tokenizer.json")))
     side = (tokenizer.truncation or {}).get("direction", "right")  # as transformers has it where nothing else is said

@@ -12,6 +12,7 @@ from conftest import DATA
 from transformers import PreTrainedTokenizerFast
 
 from bge_rerank_plugins import Scorer
+from bge_rerank_plugins.core import checkpoint
 from bge_rerank_plugins.core.prompt import PROMPT
 from bge_rerank_plugins.finetune import FinetuneSettings
 from bge_rerank_plugins.finetune.models import trainee_of
@@ -381,6 +382,7 @@ def test_a_first_token_that_only_the_tokenizers_class_knows_must_be_named(
     """transformers would put one there, and texts began without."""
     folder = Path(shutil.copytree(DATA / "decoder", tmp_path / "model"))
     path = folder / "tokenizer_config.json"
+    (folder / "special_tokens_map.json").unlink(missing_ok=True)
     config = {name: value for name, value in json.loads(path.read_text()).items() if name != "bos_token"}
     path.write_text(json.dumps(config | {"tokenizer_class": "GemmaTokenizer"} | said))
     if said:
@@ -388,6 +390,73 @@ def test_a_first_token_that_only_the_tokenizers_class_knows_must_be_named(
             assert len(scorer.score("a", ["b"])) == 1
     else:
         assert "names no bos_token, and that of GemmaTokenizer is '<bos>'" in refused(folder)
+
+
+@pytest.mark.parametrize("token", ["<bos>", {"content": "<bos>", "lstrip": False}])
+def test_a_first_token_that_only_the_special_tokens_map_names_is_followed(token: object, tmp_path: Path) -> None:
+    """transformers 5 does not read that file, and texts would begin without."""
+    folder = changed(
+        DATA / "decoder", tmp_path / "model", "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast"
+    )
+    path = folder / "tokenizer_config.json"
+    said = json.loads(path.read_text())
+    assert said.pop("bos_token") == "<bos>"
+    path.write_text(json.dumps(said))
+    (folder / "special_tokens_map.json").write_text(json.dumps({"bos_token": token}))
+    with Scorer(str(DATA / "decoder")) as whole, Scorer(str(folder)) as scorer:
+        assert scorer.score("panda", ["a bear"]) == whole.score("panda", ["a bear"])
+
+
+def test_a_vocabulary_is_read_by_the_class_that_is_named(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For Mistral, transformers 5 takes another by itself, whose tokens of the same file lack the space before a text."""
+    from transformers import AutoTokenizer, LlamaTokenizer
+
+    (copied / "tokenizer.json").unlink()
+    (copied / "tokenizer.model").write_bytes(b"")
+    monkeypatch.setattr(checkpoint, "find_spec", lambda name: name)
+    for named, kind in (
+        ("LlamaTokenizerFast", LlamaTokenizer),
+        ("LlamaTokenizer", LlamaTokenizer),
+        ("TheirTokenizer", AutoTokenizer),
+        ("utils", AutoTokenizer),
+        (None, AutoTokenizer),
+    ):
+        (copied / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": named}))
+        assert checkpoint.Checkpoint(str(copied))._reads_vocabulary() is kind
+    monkeypatch.setattr(checkpoint, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match="pip install sentencepiece protobuf"):
+        Scorer(str(copied)).score("a", ["b"])
+
+
+def test_an_adapter_that_is_given_as_the_model_is_named_as_such(copied: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForSequenceClassification
+
+    lora(AutoModelForSequenceClassification.from_pretrained(copied), tmp_path / "lora", target_modules=["query"])
+    assert "a LoRA adapter, not a checkpoint; give it as peft_path" in refused(tmp_path / "lora")
+
+
+def test_a_roberta_that_knows_two_segments_is_told_them(classifier_dirs: dict[str, str], tmp_path: Path) -> None:
+    """They were left out, whatever its tokenizer said."""
+    from tokenizers.processors import TemplateProcessing
+    from transformers import AutoModelForSequenceClassification
+
+    model = AutoModelForSequenceClassification.from_pretrained(classifier_dirs["roberta"])
+    torch.manual_seed(0)
+    model.roberta.embeddings.token_type_embeddings = torch.nn.Embedding(2, model.config.hidden_size)
+    model.config.type_vocab_size = 2
+    model.save_pretrained(tmp_path)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(classifier_dirs["roberta"])
+    start, end = (tokenizer.convert_tokens_to_ids(token) for token in ("<s>", "</s>"))
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A </s>", pair="<s> $A </s> $B:1 </s>:1", special_tokens=[("<s>", start), ("</s>", end)]
+    )
+    tokenizer.save_pretrained(tmp_path)
+    path, names = tmp_path / "tokenizer_config.json", ["input_ids", "token_type_ids", "attention_mask"]
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model_input_names": names}))
+    inputs = PreTrainedTokenizerFast.from_pretrained(tmp_path)("panda", "a bear", return_tensors="pt")
+    assert inputs["token_type_ids"].any()
+    with torch.inference_mode(), Scorer(str(tmp_path)) as scorer:
+        assert scorer.score("panda", ["a bear"]) == pytest.approx([model.eval()(**inputs).logits.item()], abs=1e-5)
 
 
 def test_a_classifying_adapter_on_a_language_model_is_refused(causal_dirs: dict[str, str], tmp_path: Path) -> None:

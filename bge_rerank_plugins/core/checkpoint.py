@@ -5,6 +5,7 @@ Safetensors only, and never any code from the checkpoint. Knows nothing of packs
 
 from __future__ import annotations
 
+import json
 import logging
 import threading
 import warnings
@@ -12,13 +13,22 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import transformers
 from safetensors import SafetensorError
 from tokenizers import Tokenizer
-from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import cached_file
 
@@ -122,6 +132,11 @@ class Checkpoint:
         if not local.exists() and (local.is_absolute() or self.model.startswith((".", "~"))):
             raise ValueError(f"model={self.model!r}: no such directory")
         if local.exists() and not (local / "config.json").is_file():
+            if (local / "adapter_config.json").is_file():
+                raise ValueError(
+                    f"model={self.model!r}: a LoRA adapter, not a checkpoint; "
+                    "give it as peft_path, and the model that it was trained on as model"
+                )
             raise ValueError(f"model={self.model!r}: not a checkpoint directory, it has no config.json")
         if local.exists() and self.revision is not None:
             logger.warning("revision=%r is not looked at: model=%r is a local directory", self.revision, self.model)
@@ -195,15 +210,11 @@ class Checkpoint:
 
         Raises:
             ValueError: There is none, it cannot be loaded, is no fast one, or its files disagree.
+            ImportError: It is SentencePiece's, and what reads that is not installed.
         """
-        published = self.file("tokenizer.json") is not None
-        if not published and not any(self.file(name) for name in _VOCABULARIES):
-            raise ValueError(f"model={self.model!r}: it has no tokenizer.json, nor any of {', '.join(_VOCABULARIES)}")
+        kind: Any = PreTrainedTokenizerFast if self.file("tokenizer.json") is not None else self._reads_vocabulary()
         try:
-            if published:
-                tokenizer = PreTrainedTokenizerFast.from_pretrained(self.model, **self._hub())
-            else:
-                tokenizer = AutoTokenizer.from_pretrained(self.model, trust_remote_code=False, **self._hub())
+            tokenizer = kind.from_pretrained(self.model, trust_remote_code=False, **self._hub())
         except Exception as error:  # what the Rust tokenizer raises has no type of its own
             raise ValueError(f"model={self.model!r}: its tokenizer cannot be loaded: {error}") from error
         if not isinstance(tokenizer, PreTrainedTokenizerFast):
@@ -213,6 +224,31 @@ class Checkpoint:
         backend.no_truncation()
         backend.no_padding()
         return tokenizer
+
+    def _reads_vocabulary(self) -> Any:
+        """The class of transformers that makes a tokenizer of a vocabulary."""
+        vocabulary = next((name for name in _VOCABULARIES if self.file(name) is not None), None)
+        if vocabulary is None:
+            raise ValueError(f"model={self.model!r}: it has no tokenizer.json, nor any of {', '.join(_VOCABULARIES)}")
+        if vocabulary.endswith(".model") and not (find_spec("sentencepiece") and find_spec("google.protobuf")):
+            raise ImportError(
+                f"model={self.model!r}: it has no tokenizer.json, and reading its {vocabulary} needs two packages more: "
+                "pip install sentencepiece protobuf"
+            )
+        # transformers 5 takes another than is named for some models, which makes other tokens of the same file.
+        return self.tokenizer_class or AutoTokenizer
+
+    @property
+    def tokenizer_class(self) -> type | None:
+        """The class of transformers that tokenizer_config.json names, or None if that has no such one."""
+        kind = getattr(transformers, str(self.tokenizer_config.get("tokenizer_class")).removesuffix("Fast"), None)
+        return kind if isinstance(kind, type) and issubclass(kind, PreTrainedTokenizerBase) else None
+
+    @cached_property
+    def tokenizer_config(self) -> dict[str, Any]:
+        """tokenizer_config.json as it stands; empty without one."""
+        file = self.file("tokenizer_config.json")
+        return {} if file is None else dict(json.loads(file.read_text(encoding="utf-8")))
 
     def _check_agreement(self, said: dict[str, Any], backend: Tokenizer) -> None:
         """Raises ValueError for a tokenizer_config.json that contradicts tokenizer.json: each is believed by somebody."""

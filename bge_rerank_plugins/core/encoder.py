@@ -208,7 +208,7 @@ def checked_config(checkpoint: Checkpoint, settings: RerankSettings) -> tuple[Pr
         raise ValueError(
             f"model={checkpoint.model!r}: position_embedding_type={kind!r} is not supported, only 'absolute'"
         )
-    layout = layout_of(config.model_type, checkpoint.model)
+    layout = layout_of(config.model_type, checkpoint.model, config.type_vocab_size)
     positions = config.max_position_embeddings - layout.first_position(config.pad_token_id, checkpoint.model)
     return config, layout, longest_pair(settings.max_length, positions, checkpoint.model)
 

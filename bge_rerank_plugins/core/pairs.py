@@ -6,7 +6,7 @@ Knows nothing of torch, so that a graph runtime can use it alone.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
@@ -59,19 +59,21 @@ LAYOUTS = {"xlm-roberta": ROBERTA, "roberta": ROBERTA, "bert": BERT}
 """By `model_type` of config.json."""
 
 
-def layout_of(model_type: str | None, model: str) -> PairLayout:
+def layout_of(model_type: str | None, model: str, segments: int | None = None) -> PairLayout:
     """The layout of an architecture's pairs.
 
     Args:
         model_type: What config.json says.
         model: The checkpoint's name, for the message.
+        segments: How many segments the model knows, `type_vocab_size` of config.json; None for as many as usual.
 
     Raises:
         ValueError: There is none; the message lists those there are.
     """
     if model_type not in LAYOUTS:
         raise ValueError(f"model={model!r}: model_type={model_type!r} is not supported, only {', '.join(LAYOUTS)}")
-    return LAYOUTS[model_type]
+    layout = LAYOUTS[model_type]
+    return layout if segments is None else replace(layout, token_types=segments > 1)
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,6 @@ import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-import transformers
-
 from .sequences import TokenSequence, cut, longest_pair, longest_query
 from .windows import split_text
 from .words import Words
@@ -68,11 +66,11 @@ class Prompt:
         self._passage_instruction = _or_default(settings.passage_instruction, PASSAGE_INSTRUCTION)
         # Never the whole length: the first token and one of the passage stay.
         self._query_room = longest_query(settings.query_max_length, max_length, max_length - 2)
-        if tokenizer.bos_token_id is None:
-            _check_no_bos(checkpoint)
+        bos = tokenizer.bos_token_id
+        if bos is None:
+            bos = _bos_elsewhere(checkpoint, tokenizer)
         # FlagEmbedding starts without a first token where the tokenizer has none, or pads with it.
-        has_bos = tokenizer.bos_token_id not in (None, tokenizer.pad_token_id)
-        self._bos = [int(tokenizer.bos_token_id)] if has_bos else []
+        self._bos = [] if bos in (None, tokenizer.pad_token_id) else [int(bos)]
         self._words.known([*self._bos, *self._tail, self.answer_id])
 
     def encode(self, query: str, passages: Sequence[str]) -> list[TokenSequence]:
@@ -105,21 +103,30 @@ class Prompt:
         return cut(ids, self._query_room, self._side)
 
 
-def _check_no_bos(checkpoint: Checkpoint) -> None:
-    """Raises ValueError for a tokenizer that may only seem to have no first token, since nothing says so."""
-    file = checkpoint.file("tokenizer_config.json")
-    if file is None:
+def _bos_elsewhere(checkpoint: Checkpoint, tokenizer: Any) -> int | None:
+    """Id of the first token where the tokenizer seems to have none: transformers 5 does not look into special_tokens_map.json.
+
+    Raises:
+        ValueError: There may be one, and nothing says which.
+    """
+    if "bos_token" in checkpoint.tokenizer_config:
+        return None
+    file = checkpoint.file("special_tokens_map.json")
+    token = None if file is None else json.loads(file.read_text(encoding="utf-8")).get("bos_token")
+    if token:
+        return int(tokenizer.convert_tokens_to_ids(token["content"] if isinstance(token, dict) else token))
+    if not checkpoint.tokenizer_config:
         raise ValueError(
             f"model={checkpoint.model!r}: it has no tokenizer_config.json, which says what a text begins with"
         )
-    said = json.loads(file.read_text(encoding="utf-8"))
-    kind = getattr(transformers, str(said.get("tokenizer_class")).removesuffix("Fast"), None)
-    default = inspect.signature(kind).parameters.get("bos_token") if kind is not None else None
-    if "bos_token" not in said and default is not None and default.default is not None:
+    kind = checkpoint.tokenizer_class
+    default = None if kind is None else inspect.signature(kind).parameters.get("bos_token")
+    if kind is not None and default is not None and default.default is not None:
         raise ValueError(
-            f"model={checkpoint.model!r}: its tokenizer_config.json names no bos_token, and that of {said['tokenizer_class']} "
+            f"model={checkpoint.model!r}: its tokenizer_config.json names no bos_token, and that of {kind.__name__} "
             f"is {default.default!r} where nothing is said; name it there, or null"
         )
+    return None
 
 
 def _or_default(text: str | None, default: str) -> str:
