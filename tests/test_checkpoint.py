@@ -74,7 +74,7 @@ def test_a_pickle_is_never_opened(copied: Path) -> None:
     """A pickle runs code when it is read."""
     (copied / "model.safetensors").unlink()
     torch.save({}, copied / "pytorch_model.bin")
-    assert "weights cannot be loaded" in refused(copied)
+    assert "weights cannot be loaded: its pytorch_model.bin is a pickle, which is never opened" in refused(copied)
 
 
 def test_weights_cut_short(copied: Path) -> None:

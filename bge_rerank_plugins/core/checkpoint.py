@@ -305,7 +305,11 @@ class Checkpoint:
                     **self._hub(),
                 )
         except _UNFIT as error:
-            raise ValueError(f"model={self.model!r}: its weights cannot be loaded: {error}") from error
+            pickled = self.file("pytorch_model.bin") is not None and self.file("model.safetensors") is None
+            why = (
+                "its pytorch_model.bin is a pickle, which is never opened; save it as safetensors" if pickled else error
+            )
+            raise ValueError(f"model={self.model!r}: its weights cannot be loaded: {why}") from error
         for name, has, needs in sorted(report["mismatched_keys"]):
             raise ValueError(
                 f"model={self.model!r}: {name} has the shape {tuple(has)}, and by config.json it has {tuple(needs)}"
