@@ -8,12 +8,15 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
-from typing import TYPE_CHECKING, Any
+from contextlib import closing, contextmanager
+from typing import TYPE_CHECKING, Any, TypeVar
 from weakref import WeakKeyDictionary, WeakSet
 
 from .turns import Turns
 
 if TYPE_CHECKING:
+    from collections.abc import Generator, Iterator
+
     from .core.engine import Engine
     from .core.families import Family
     from .settings import RerankSettings
@@ -23,6 +26,8 @@ FORKED = (
     "this process was forked while a thread was loading the model, and has half of what it imported: "
     "start the child with the 'spawn' method"
 )
+
+_T = TypeVar("_T")
 
 _leases: WeakSet[Lease] = WeakSet()
 _forked_while_loading = False
@@ -46,6 +51,7 @@ class Lease:
         self._finalizer: Any = None
         self._starts = False
         self._closed = False
+        self._askers: list[int] = []  # threads, by their identifiers
         _leases.add(self)
 
     def acquired(self) -> Engine:
@@ -83,10 +89,33 @@ class Lease:
         """The engine and its family, once the model is there. A load that failed is tried again next time."""
         engine = self.acquired()
         try:
-            return engine, engine.loaded.result()
+            with self._asking():
+                return engine, engine.loaded.result()
         except Exception:
             self._give_up(engine)
             raise
+
+    def asked(self, chunks: Generator[_T, None, None]) -> Iterator[_T]:
+        """The same chunks, while it is known that this thread asks the engine for the next one."""
+        with closing(chunks):
+            while True:
+                with self._asking():
+                    chunk = next(chunks, None)
+                if chunk is None:
+                    return
+                yield chunk
+
+    @contextmanager
+    def _asking(self) -> Iterator[None]:
+        """To look at a future, this thread takes its lock, and so does a worker to resolve it.
+
+        Should a signal's handler close in between, then it is not to wait for the workers.
+        """
+        self._askers.append(threading.get_ident())
+        try:
+            yield
+        finally:
+            self._askers.remove(threading.get_ident())
 
     async def aloaded(self) -> tuple[Engine, Family]:
         """`loaded` without blocking: the first call imports torch, which takes seconds."""
@@ -118,7 +147,7 @@ class Lease:
             engine, self.engine = self.engine, None
             if self._finalizer is not None:
                 self._finalizer.detach()
-        _release(engine)
+        _release(engine, wait=threading.get_ident() not in self._askers)
 
     def _check_open(self) -> None:
         if self._closed:
@@ -148,11 +177,11 @@ class Lease:
         _release(engine)
 
 
-def _release(engine: Engine | None) -> None:
+def _release(engine: Engine | None, *, wait: bool = True) -> None:
     if engine is not None:
         from .core.registry import release
 
-        release(engine)
+        release(engine, wait=wait)
 
 
 def _after_fork() -> None:

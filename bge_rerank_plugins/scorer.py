@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Generator, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING, Any, Literal
@@ -267,7 +267,7 @@ class Scorer:
         waiting = requests()
         first = next(waiting, None)
         if first is not None:  # nothing to score needs no model
-            for chunk in self._scored_chunks(chain([first], waiting), math.inf):
+            for chunk in self._lease.asked(self._scored_chunks(chain([first], waiting), math.inf)):
                 yield from self._normalized(chunk)
         if refused:
             raise refused[0]
@@ -349,12 +349,12 @@ class Scorer:
         """Raw scores of each request's passages."""
         pairs = sum(len(passages) for _, passages in requests)
         with progress_bar(pairs, self._settings.show_progress) as advance:
-            chunks = self._scored_chunks(requests, pairs, cutoff_layers)
+            chunks = self._lease.asked(self._scored_chunks(requests, pairs, cutoff_layers))
             return scores_by_request(requests, [score for chunk in chunks for score in advance(chunk)])
 
     def _scored_chunks(
         self, requests: Iterable[tuple[str, Sequence[str]]], pairs: float, cutoff_layers: tuple[int, ...] = ()
-    ) -> Iterator[list[Any]]:
+    ) -> Generator[list[Any], None, None]:
         """Raw scores chunk by chunk, in order. Tokenising runs ahead of the device, by a bounded number of pairs."""
         engine, family = self._lease.loaded()
         call = self._call(engine, family, pairs, cutoff_layers)

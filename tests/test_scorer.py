@@ -11,6 +11,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -597,3 +598,29 @@ def test_only_what_is_applied_to_scores_leaves_the_model_shared() -> None:
         text = "x" if "str" in str(field.annotation) else 7
         changed = base.model_copy(update={name: {**other, **same}.get(name, text)})
         assert (key_of(changed) == key_of(base)) == (name in same), name
+
+
+def test_a_signals_handler_may_close_a_scorer_whose_thread_waits_for_scores(
+    encoder_dir: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The thread held the lock of what it waits for, a worker needed that to end, and closing waited for the worker."""
+    from bge_rerank_plugins.core.schedule import Request
+
+    scorer = Scorer(encoder_dir, max_batch_tokens=782)
+    engine, _ = scorer._lease.loaded()
+    submit, waits = engine.submit, []
+    monkeypatch.setattr(engine, "_join", waits.append)
+
+    def interrupted(*arguments: Any, **options: Any) -> Request:
+        request = submit(*arguments, **options)
+        with request.future._condition:
+            scorer.close()
+        return request
+
+    monkeypatch.setattr(engine, "submit", interrupted)
+    with suppress(RuntimeError):  # the pack may have been begun before
+        scorer.score("a", ["b"])
+    assert waits == []
+    for worker in engine._workers:
+        worker.join(timeout=30)
+        assert not worker.is_alive()

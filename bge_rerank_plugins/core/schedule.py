@@ -9,7 +9,8 @@ it is the shortest: at most three packs' time more than alone, for any n up to 7
 
 import itertools
 from collections.abc import Iterable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, InvalidStateError
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -72,9 +73,12 @@ class Request:
         return self.future.done()
 
     def has_entered(self) -> None:
-        """Resolves `entered`."""
-        if self.entered.set_running_or_notify_cancel():
-            self.entered.set_result(None)
+        """Resolves `entered`, if it is not resolved: a signal's handler may drain the queue that it enters."""
+        if self.entered.done():
+            return
+        with suppress(RuntimeError, InvalidStateError):
+            if self.entered.set_running_or_notify_cancel():
+                self.entered.set_result(None)
 
 
 class Pair(NamedTuple):
