@@ -249,7 +249,7 @@ class BGERerank(AdapterSettings, BaseDocumentCompressor):
         # A copy, not a new Document, which would lose the id and the class.
         return [
             documents[index].model_copy(
-                update={"metadata": {**_copied(documents[index].metadata, {}), self.relevance_score_key: score}}
+                update={"metadata": {**_copy_of(documents[index].metadata), self.relevance_score_key: score}}
             )
             for index, score in ranked
         ]
@@ -315,8 +315,16 @@ def _listed(documents: Iterable[Any]) -> list[Any]:
     return list(documents)
 
 
+def _copy_of(metadata: dict[str, Any]) -> dict[str, Any]:
+    """A copy that shares no list or dictionary, within such, with a document that a store may still hold, and all else."""
+    try:
+        return dict(_copied(metadata, {}))
+    except RecursionError:  # nested as nobody nests
+        return dict(metadata)
+
+
 def _copied(value: Any, copies: dict[int, Any]) -> Any:
-    """A copy that shares no list or dictionary with a document that a store may still hold, and everything else.
+    """One value of a copy.
 
     Args:
         value: Metadata, or something in it.

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 from weakref import WeakKeyDictionary, WeakSet
 
@@ -31,6 +31,35 @@ _T = TypeVar("_T")
 
 _leases: WeakSet[Lease] = WeakSet()
 _forked_while_loading = False
+_askers: list[int] = []
+
+
+@contextmanager
+def asking() -> Iterator[None]:
+    """For what this thread does with an engine and its futures, whose locks it takes then, and the workers, too.
+
+    A signal's handler that closes in the midst of it does not wait for the workers, which may be waiting for this thread.
+    """
+    thread = threading.get_ident()
+    _askers.append(thread)
+    try:
+        yield
+    finally:
+        _askers.remove(thread)
+
+
+def asked(chunks: Generator[_T, None, None]) -> Iterator[_T]:
+    """The same chunks, each of them waited for as `asking`."""
+    try:
+        while True:
+            with asking():
+                chunk = next(chunks, None)
+            if chunk is None:
+                return
+            yield chunk
+    finally:
+        with asking():
+            chunks.close()
 
 
 class Lease:
@@ -51,7 +80,6 @@ class Lease:
         self._finalizer: Any = None
         self._starts = False
         self._closed = False
-        self._askers: list[int] = []  # threads, by their identifiers
         _leases.add(self)
 
     def acquired(self) -> Engine:
@@ -89,33 +117,11 @@ class Lease:
         """The engine and its family, once the model is there. A load that failed is tried again next time."""
         engine = self.acquired()
         try:
-            with self._asking():
+            with asking():
                 return engine, engine.loaded.result()
         except Exception:
             self._give_up(engine)
             raise
-
-    def asked(self, chunks: Generator[_T, None, None]) -> Iterator[_T]:
-        """The same chunks, while it is known that this thread asks the engine for the next one."""
-        with closing(chunks):
-            while True:
-                with self._asking():
-                    chunk = next(chunks, None)
-                if chunk is None:
-                    return
-                yield chunk
-
-    @contextmanager
-    def _asking(self) -> Iterator[None]:
-        """To look at a future, this thread takes its lock, and so does a worker to resolve it.
-
-        Should a signal's handler close in between, then it is not to wait for the workers.
-        """
-        self._askers.append(threading.get_ident())
-        try:
-            yield
-        finally:
-            self._askers.remove(threading.get_ident())
 
     async def aloaded(self) -> tuple[Engine, Family]:
         """`loaded` without blocking: the first call imports torch, which takes seconds."""
@@ -126,7 +132,9 @@ class Lease:
             return engine, loaded.result()
         try:
             # Shielded: whoever stops waiting must not cancel the load for everybody else.
-            return engine, await asyncio.shield(asyncio.wrap_future(loaded))
+            with asking():
+                waiting = asyncio.wrap_future(loaded)
+            return engine, await asyncio.shield(waiting)
         except Exception:
             await loop.run_in_executor(None, self._give_up, engine)
             raise
@@ -147,7 +155,7 @@ class Lease:
             engine, self.engine = self.engine, None
             if self._finalizer is not None:
                 self._finalizer.detach()
-        _release(engine, wait=threading.get_ident() not in self._askers)
+        _release(engine, wait=threading.get_ident() not in _askers)
 
     def _check_open(self) -> None:
         if self._closed:

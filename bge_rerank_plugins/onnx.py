@@ -241,12 +241,13 @@ def _load(settings: RerankSettings, file: str) -> _Graph:
         raise ImportError('OnnxScorer needs ONNX Runtime: pip install "bge-rerank-plugins[onnx]"') from error
     config = json.loads(_needed(settings, "config.json").read_bytes())
     layout = layout_of(config.get("model_type"), settings.model, config.get("type_vocab_size"))
-    padding = int(config.get("pad_token_id") or 0)
+    pad = config.get("pad_token_id", 1 if layout.skips_padding else 0)  # the defaults of transformers' classes
+    padding = int(pad or 0)
     tokenizer = Tokenizer.from_file(str(_needed(settings, "tokenizer.json")))
     side = (tokenizer.truncation or {}).get("direction", "right")  # as transformers has it where nothing else is said
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    positions = config["max_position_embeddings"] - layout.first_position(config.get("pad_token_id"), settings.model)
+    positions = config["max_position_embeddings"] - layout.first_position(pad, settings.model)
     max_length = longest_pair(settings.max_length, positions, settings.model)
     said = _file(settings, "tokenizer_config.json")
     side = side if said is None else json.loads(said.read_bytes()).get("truncation_side", side)

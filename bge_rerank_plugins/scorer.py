@@ -14,7 +14,7 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any, Literal
 
 from .call import ENCODE_AT_ONCE, Call, chunks_of, progress_bar
-from .lease import Lease
+from .lease import Lease, asked, asking
 from .ranking import RankedPassage, check_cut, rank_scores, sigmoid
 from .settings import Dtype, RerankSettings
 from .texts import (
@@ -248,7 +248,7 @@ class Scorer:
         """Scores any number of (query, passage) pairs in bounded memory.
 
         Pairs are drawn from the iterator, and tokenised, some thousands ahead of the scores that are yielded. Scores of the
-        pairs before one that is refused are yielded before the error is raised.
+        pairs before one that is no pair of strings are yielded before the error is raised.
 
         Args:
             pairs: The pairs; those that follow each other with the same query are scored together.
@@ -267,7 +267,7 @@ class Scorer:
         waiting = requests()
         first = next(waiting, None)
         if first is not None:  # nothing to score needs no model
-            for chunk in self._lease.asked(self._scored_chunks(chain([first], waiting), math.inf)):
+            for chunk in asked(self._scored_chunks(chain([first], waiting), math.inf)):
                 yield from self._normalized(chunk)
         if refused:
             raise refused[0]
@@ -299,7 +299,8 @@ class Scorer:
         from .core.stats import EngineStats
 
         engine = self._lease.engine
-        return (EngineStats() if engine is None else engine.stats()).shown()
+        with asking():
+            return (EngineStats() if engine is None else engine.stats()).shown()
 
     def warmup(self) -> None:
         """Loads the model and scores one pair, so that the first request does not wait for it."""
@@ -349,7 +350,7 @@ class Scorer:
         """Raw scores of each request's passages."""
         pairs = sum(len(passages) for _, passages in requests)
         with progress_bar(pairs, self._settings.show_progress) as advance:
-            chunks = self._lease.asked(self._scored_chunks(requests, pairs, cutoff_layers))
+            chunks = asked(self._scored_chunks(requests, pairs, cutoff_layers))
             return scores_by_request(requests, [score for chunk in chunks for score in advance(chunk)])
 
     def _scored_chunks(
@@ -378,14 +379,18 @@ class Scorer:
         try:
             for query, chunk in chunks_of(requests):
                 sequences = await turns.run(partial(call.encode, query, chunk))
-                if not (entered := call.submit(sequences)).done():
-                    await asyncio.wrap_future(entered)
+                with asking():
+                    entered = call.submit(sequences)
+                    room = None if entered.done() else asyncio.wrap_future(entered)
+                if room is not None:
+                    await room
                 while call.is_far_ahead:
-                    yield call.reduced(await asyncio.wrap_future(call.oldest()))
+                    yield call.reduced(await _oldest(call))
             while call.pending:
-                yield call.reduced(await asyncio.wrap_future(call.oldest()))
+                yield call.reduced(await _oldest(call))
         finally:
-            self._end(call, family)
+            with asking():
+                self._end(call, family)
 
     def _call(self, engine: Engine, family: Family, pairs: float, cutoff_layers: tuple[int, ...] = ()) -> Call:
         split = self._settings.long_passages == "split"
@@ -408,3 +413,8 @@ class Scorer:
 
     def _normalized(self, scores: list[float]) -> list[float]:
         return [sigmoid(score) for score in scores] if self._settings.normalize else scores
+
+
+def _oldest(call: Call) -> asyncio.Future[list[Any]]:
+    with asking():
+        return asyncio.wrap_future(call.oldest())

@@ -393,11 +393,11 @@ def test_a_first_token_that_only_the_tokenizers_class_knows_must_be_named(
 
 
 @pytest.mark.parametrize("token", ["<bos>", {"content": "<bos>", "lstrip": False}])
-def test_a_first_token_that_only_the_special_tokens_map_names_is_followed(token: object, tmp_path: Path) -> None:
-    """transformers 5 does not read that file, and texts would begin without."""
-    folder = changed(
-        DATA / "decoder", tmp_path / "model", "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast"
-    )
+def test_a_first_token_of_the_tokenizers_class_that_the_special_tokens_map_confirms_is_followed(
+    token: object, tmp_path: Path
+) -> None:
+    """tokenizer.json is read without that class, and texts would begin without it."""
+    folder = changed(DATA / "decoder", tmp_path / "model", "tokenizer_config.json", tokenizer_class="GemmaTokenizer")
     path = folder / "tokenizer_config.json"
     said = json.loads(path.read_text())
     assert said.pop("bos_token") == "<bos>"

@@ -275,15 +275,6 @@ def test_whoever_waits_is_told_when_the_thread_fails_at_making_room(monkeypatch:
             request.result(timeout=30)
 
 
-def test_a_signals_handler_may_close_a_scorer_whose_thread_holds_the_engines_lock() -> None:
-    """The worker needed that lock to end, and closing waited for the worker."""
-    scorer = Scorer(MODEL, max_batch_tokens=780)
-    engine, _ = scorer._lease.loaded()
-    with engine._changed:  # as in the midst of `submit`
-        scorer.close()
-        assert not any(worker.is_alive() for worker in engine._workers)
-
-
 @pytest.mark.parametrize("bound", [None, 50])
 @pytest.mark.parametrize("before", ["enter", "_add"])
 def test_a_request_that_enters_while_its_threads_signal_handler_closes_is_told(

@@ -600,27 +600,37 @@ def test_only_what_is_applied_to_scores_leaves_the_model_shared() -> None:
         assert (key_of(changed) == key_of(base)) == (name in same), name
 
 
-def test_a_signals_handler_may_close_a_scorer_whose_thread_waits_for_scores(
-    encoder_dir: str, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("form", ["score", "ascore", "stream", "stats"])
+@pytest.mark.parametrize("lock", ["future", "engine"])
+def test_a_signals_handler_may_close_a_scorer_whose_thread_asks_it(
+    lock: str, form: str, encoder_dir: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The thread held the lock of what it waits for, a worker needed that to end, and closing waited for the worker."""
-    from bge_rerank_plugins.core.schedule import Request
-
+    """The thread held a lock, a worker needed that to end, and closing waited for the worker."""
     scorer = Scorer(encoder_dir, max_batch_tokens=782)
     engine, _ = scorer._lease.loaded()
-    submit, waits = engine.submit, []
-    monkeypatch.setattr(engine, "_join", waits.append)
+    method = "stats" if form == "stats" else "submit"
+    whole, alive = getattr(engine, method), []
+    for worker in engine._workers:
+        monkeypatch.setattr(worker, "join", lambda timeout, worker=worker: alive.append(worker))
 
-    def interrupted(*arguments: Any, **options: Any) -> Request:
-        request = submit(*arguments, **options)
-        with request.future._condition:
+    def interrupted(*arguments: Any, **options: Any) -> Any:
+        result = whole(*arguments, **options)
+        with result.future._condition if lock == "future" and form != "stats" else engine._changed:
             scorer.close()
-        return request
+        return result
 
-    monkeypatch.setattr(engine, "submit", interrupted)
+    monkeypatch.setattr(engine, method, interrupted)
     with suppress(RuntimeError):  # the pack may have been begun before
-        scorer.score("a", ["b"])
-    assert waits == []
+        if form == "score":
+            scorer.score("a", ["b"])
+        elif form == "ascore":
+            asyncio.run(scorer.ascore("a", ["b"]))
+        elif form == "stream":
+            list(scorer.score_stream([("a", "b")]))
+        else:
+            scorer.stats()
+    assert alive == []  # nobody waited for it
+    monkeypatch.undo()
     for worker in engine._workers:
         worker.join(timeout=30)
         assert not worker.is_alive()

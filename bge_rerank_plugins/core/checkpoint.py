@@ -230,7 +230,9 @@ class Checkpoint:
         vocabulary = next((name for name in _VOCABULARIES if self.file(name) is not None), None)
         if vocabulary is None:
             raise ValueError(f"model={self.model!r}: it has no tokenizer.json, nor any of {', '.join(_VOCABULARIES)}")
-        if vocabulary.endswith(".model") and not (find_spec("sentencepiece") and find_spec("google.protobuf")):
+        if vocabulary.endswith(".model") and not all(
+            map(_is_installed, ("sentencepiece", "google", "google.protobuf"))
+        ):
             raise ImportError(
                 f"model={self.model!r}: it has no tokenizer.json, and reading its {vocabulary} needs two packages more: "
                 "pip install sentencepiece protobuf"
@@ -305,7 +307,8 @@ class Checkpoint:
                     **self._hub(),
                 )
         except _UNFIT as error:
-            pickled = self.file("pytorch_model.bin") is not None and self.file("model.safetensors") is None
+            local = Path(self.model)  # at a hub nothing is fetched to explain an error
+            pickled = (local / "pytorch_model.bin").is_file() and not any(local.glob("*.safetensors"))
             why = (
                 "its pytorch_model.bin is a pickle, which is never opened; save it as safetensors" if pickled else error
             )
@@ -379,6 +382,10 @@ def _listed(names: Collection[str], most: int = 4) -> str:
     """The first of these names, in their order, and how many more there are."""
     first, more = sorted(names)[:most], len(names) - most
     return ", ".join(first) + (f", and {more} more" if more > 0 else "")
+
+
+def _is_installed(package: str) -> bool:
+    return find_spec(package) is not None
 
 
 def forget_fork() -> None:

@@ -92,7 +92,6 @@ class Engine:
         self._closed = False
         self._exiting = False
         self._failure: BaseException | None = None
-        self._stopped = 0
         self._pid = os.getpid()
         self.loaded: Future[Family] = Future()
         self.loads = True
@@ -158,7 +157,8 @@ class Engine:
             return request
         refused: list[Request] = []
         with self._changed:
-            if not self._exiting:  # while the interpreter exits, only daemon threads ask, and wait in silence
+            # While the interpreter exits, only daemon threads ask, and wait in silence.
+            if not self._exiting or self._pid != os.getpid():
                 self._raise_if_unusable()
             if not self._room.enter(request, may_wait=admitted or self._settings.when_full == "wait"):
                 raise QueueFullError(
@@ -183,15 +183,8 @@ class Engine:
         if not self._exiting:
             self._refuse(waiting)
         self.tokenizer_thread.shutdown(wait=False, cancel_futures=True)
-        if wait:
-            self._join([worker for worker in self._workers if worker is not threading.current_thread()])
-
-    def _join(self, workers: list[threading.Thread]) -> None:
-        with self._changed:
-            # Waiting so lets go of the lock, which a worker needs and this thread holds where its signal's handler closes.
-            stopped = self._changed.wait_for(lambda: self._stopped >= len(workers), timeout=STOP_TIMEOUT)
-        if stopped:
-            for worker in workers:
+        for worker in self._workers:
+            if wait and worker is not threading.current_thread():
                 worker.join(timeout=STOP_TIMEOUT)
 
     def close_at_exit(self) -> None:
@@ -257,12 +250,7 @@ class Engine:
             elif self.loaded.exception() is None:
                 self.loaded = Future()
                 self.loaded.set_exception(closed)
-        try:
-            release_cached_memory()
-        finally:
-            with self._changed:
-                self._stopped += 1
-                self._changed.notify_all()
+        release_cached_memory()
 
     def _run(self, worker: Worker) -> None:
         """Scores packs until the engine is closed.

@@ -104,29 +104,29 @@ class Prompt:
 
 
 def _bos_elsewhere(checkpoint: Checkpoint, tokenizer: Any) -> int | None:
-    """Id of the first token where the tokenizer seems to have none: transformers 5 does not look into special_tokens_map.json.
+    """Id of the first token where the tokenizer seems to have none, since tokenizer.json is read without its own class.
 
     Raises:
-        ValueError: There may be one, and nothing says which.
+        ValueError: The class that is named puts one there, and special_tokens_map.json does not say so, too; or nothing is said.
     """
     if "bos_token" in checkpoint.tokenizer_config:
         return None
-    file = checkpoint.file("special_tokens_map.json")
-    token = None if file is None else json.loads(file.read_text(encoding="utf-8")).get("bos_token")
-    if token:
-        return int(tokenizer.convert_tokens_to_ids(token["content"] if isinstance(token, dict) else token))
     if not checkpoint.tokenizer_config:
         raise ValueError(
             f"model={checkpoint.model!r}: it has no tokenizer_config.json, which says what a text begins with"
         )
     kind = checkpoint.tokenizer_class
     default = None if kind is None else inspect.signature(kind).parameters.get("bos_token")
-    if kind is not None and default is not None and default.default is not None:
-        raise ValueError(
-            f"model={checkpoint.model!r}: its tokenizer_config.json names no bos_token, and that of {kind.__name__} "
-            f"is {default.default!r} where nothing is said; name it there, or null"
-        )
-    return None
+    if kind is None or default is None or default.default is None:
+        return None
+    file = checkpoint.file("special_tokens_map.json")
+    token = None if file is None else json.loads(file.read_text(encoding="utf-8")).get("bos_token")
+    if default.default == (token.get("content") if isinstance(token, dict) else token):
+        return int(tokenizer.convert_tokens_to_ids(default.default))
+    raise ValueError(
+        f"model={checkpoint.model!r}: its tokenizer_config.json names no bos_token, and that of {kind.__name__} "
+        f"is {default.default!r} where nothing is said; name it there, or null"
+    )
 
 
 def _or_default(text: str | None, default: str) -> str:
