@@ -66,7 +66,7 @@ class Encoder:
                 a head that is not in the files.
         """
         config, layout, max_length = checked_config(checkpoint, settings)
-        pairs = pair_encoder(checkpoint, settings)
+        pairs = _pairs_of(checkpoint, settings, config, layout, max_length)
         model: Any = checkpoint.load(AutoModelForSequenceClassification, config, dtype, device)
         if dtype == torch.int8:
             round_linear_layers(model.base_model.encoder.layer[:-1])
@@ -219,7 +219,12 @@ def pair_encoder(checkpoint: Checkpoint, settings: RerankSettings) -> PairEncode
     Raises:
         ValueError: As `checked_config`, or a `max_length` that leaves no room for text.
     """
-    config, layout, max_length = checked_config(checkpoint, settings)
+    return _pairs_of(checkpoint, settings, *checked_config(checkpoint, settings))
+
+
+def _pairs_of(
+    checkpoint: Checkpoint, settings: RerankSettings, config: PreTrainedConfig, layout: PairLayout, max_length: int
+) -> PairEncoder:
     tokenizer = checkpoint.tokenizer()
     inputs = tokenizer.init_kwargs.get("model_input_names")  # where the checkpoint says so
     layout = replace(layout, token_types=layout.token_types and (inputs is None or "token_type_ids" in inputs))
