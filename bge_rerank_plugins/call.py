@@ -5,11 +5,13 @@ What the blocking and the async form of a call have in common. Knows nothing of 
 
 from __future__ import annotations
 
+import asyncio
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from .lease import asking
 from .terminal import bar_is_hidden
 
 if TYPE_CHECKING:
@@ -39,6 +41,8 @@ class Call:
     Attributes:
         truncated: How many passages were cut to fit so far.
         pending: Chunks whose scores were not taken yet, in order.
+
+    Whatever touches the engine or a future of its is done as `lease.asking`.
     """
 
     def __init__(
@@ -47,7 +51,8 @@ class Call:
         self._engine = engine
         self._family = family
         self._cutoff_layers = cutoff_layers
-        self._job = engine.open_job(pairs)
+        with asking():
+            self._job = engine.open_job(pairs)
         self._split = split
         self.truncated = 0
         self._windows: deque[list[int]] = deque()
@@ -61,8 +66,20 @@ class Call:
         self._windows.append([len(windows) for windows in parts])
         return self._family.encode(query, [window for windows in parts for window in windows])
 
-    def submit(self, sequences: list[TokenSequence]) -> Future[None]:
-        """Queues a chunk; what resolves when the queue has room for it, which is to be waited for before the next one."""
+    def submit(self, sequences: list[TokenSequence]) -> None:
+        """Queues a chunk, and waits until the queue has room for it."""
+        with asking():
+            self._submitted(sequences).result()
+
+    async def asubmit(self, sequences: list[TokenSequence]) -> None:
+        """`submit` without blocking the event loop."""
+        with asking():
+            entered = self._submitted(sequences)
+            room = None if entered.done() else asyncio.wrap_future(entered)
+        if room is not None:
+            await room
+
+    def _submitted(self, sequences: list[TokenSequence]) -> Future[None]:
         request = self._engine.submit(sequences, self._job, self._cutoff_layers, admitted=self._admitted)
         self._admitted = True
         self.truncated += sum(sequence.truncated for sequence in sequences)
@@ -73,14 +90,22 @@ class Call:
     @property
     def is_far_ahead(self) -> bool:
         """Whether to take scores before submitting more: some are there, or so much waits that more would only take memory."""
-        return bool(self.pending) and (self.pending[0].done() or self._pairs_pending > PAIRS_AHEAD)
+        with asking():
+            return bool(self.pending) and (self.pending[0].done() or self._pairs_pending > PAIRS_AHEAD)
 
-    def oldest(self) -> Future[list[Any]]:
-        """The chunk whose scores come next."""
-        return self.pending[0]
-
-    def reduced(self, scores: list[Any]) -> list[Any]:
+    def oldest(self) -> list[Any]:
         """The next chunk's scores, one per passage: the best of its windows, at each layer if there are several."""
+        with asking():
+            scores = self.pending[0].result()
+        return self._reduced(scores)
+
+    async def aoldest(self) -> list[Any]:
+        """`oldest` without blocking the event loop."""
+        with asking():
+            scores = asyncio.wrap_future(self.pending[0])
+        return self._reduced(await scores)
+
+    def _reduced(self, scores: list[Any]) -> list[Any]:
         self.pending.popleft()
         self._pairs_pending -= len(scores)
         remaining = iter(scores)
@@ -91,8 +116,9 @@ class Call:
 
     def cancel(self) -> None:
         """Drops what is not scored yet."""
-        for future in self.pending:
-            future.cancel()
+        with asking():
+            for future in self.pending:
+                future.cancel()
 
 
 def chunks_of(requests: Iterable[tuple[str, Sequence[str]]]) -> Iterator[tuple[str, Sequence[str]]]:

@@ -9,13 +9,13 @@ import asyncio
 import os
 import threading
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary, WeakSet
 
 from .turns import Turns
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Iterator
+    from collections.abc import Iterator
 
     from .core.engine import Engine
     from .core.families import Family
@@ -26,8 +26,6 @@ FORKED = (
     "this process was forked while a thread was loading the model, and has half of what it imported: "
     "start the child with the 'spawn' method"
 )
-
-_T = TypeVar("_T")
 
 _leases: WeakSet[Lease] = WeakSet()
 _forked_while_loading = False
@@ -46,20 +44,6 @@ def asking() -> Iterator[None]:
         yield
     finally:
         _askers.remove(thread)
-
-
-def asked(chunks: Generator[_T, None, None]) -> Iterator[_T]:
-    """The same chunks, each of them waited for as `asking`."""
-    try:
-        while True:
-            with asking():
-                chunk = next(chunks, None)
-            if chunk is None:
-                return
-            yield chunk
-    finally:
-        with asking():
-            chunks.close()
 
 
 class Lease:
@@ -127,13 +111,13 @@ class Lease:
         """`loaded` without blocking: the first call imports torch, which takes seconds."""
         loop = asyncio.get_running_loop()
         engine = await loop.run_in_executor(None, self.acquired) if self.engine is None else self.acquired()
-        loaded = engine.loaded
-        if loaded.done() and loaded.exception() is None:  # the usual case, and a thousand may come at once
-            return engine, loaded.result()
+        with asking():
+            loaded = engine.loaded
+            if loaded.done() and loaded.exception() is None:  # the usual case, and a thousand may come at once
+                return engine, loaded.result()
+            waiting = asyncio.wrap_future(loaded)
         try:
             # Shielded: whoever stops waiting must not cancel the load for everybody else.
-            with asking():
-                waiting = asyncio.wrap_future(loaded)
             return engine, await asyncio.shield(waiting)
         except Exception:
             await loop.run_in_executor(None, self._give_up, engine)

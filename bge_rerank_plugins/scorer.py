@@ -5,16 +5,15 @@ Knows nothing of documents, nodes or files, and imports torch only when the firs
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import math
-from collections.abc import AsyncIterator, Generator, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING, Any, Literal
 
 from .call import ENCODE_AT_ONCE, Call, chunks_of, progress_bar
-from .lease import Lease, asked, asking
+from .lease import Lease, asking
 from .ranking import RankedPassage, check_cut, rank_scores, sigmoid
 from .settings import Dtype, RerankSettings
 from .texts import (
@@ -211,10 +210,7 @@ class Scorer:
         texts = checked_texts(query, passages)
         if not texts:
             return []
-        with progress_bar(len(texts), self._settings.show_progress) as advance:
-            chunks = self._ascored_chunks([(query, texts)], len(texts))
-            scores = [score async for chunk in chunks for score in advance(chunk)]
-        return self._normalized(scores_by_request([(query, texts)], scores)[0])
+        return self._normalized((await self._araw_scores([(query, texts)]))[0])
 
     def score_batch(self, requests: Iterable[tuple[str, Sequence[str]]]) -> list[list[float]]:
         """Scores several queries, each with its passages, at once; their pairs share packs.
@@ -236,13 +232,9 @@ class Scorer:
     async def ascore_batch(self, requests: Iterable[tuple[str, Sequence[str]]]) -> list[list[float]]:
         """`score_batch` without blocking the event loop."""
         checked = checked_requests(requests)
-        pairs = sum(len(passages) for _, passages in checked)
-        if not pairs:
+        if not any(passages for _, passages in checked):
             return [[] for _ in checked]
-        with progress_bar(pairs, self._settings.show_progress) as advance:
-            chunks = self._ascored_chunks(checked, pairs)
-            scores = [score async for chunk in chunks for score in advance(chunk)]
-        return [self._normalized(of_request) for of_request in scores_by_request(checked, scores)]
+        return [self._normalized(scores) for scores in await self._araw_scores(checked)]
 
     def score_stream(self, pairs: Iterable[tuple[str, str]]) -> Iterator[float]:
         """Scores any number of (query, passage) pairs in bounded memory.
@@ -267,7 +259,7 @@ class Scorer:
         waiting = requests()
         first = next(waiting, None)
         if first is not None:  # nothing to score needs no model
-            for chunk in asked(self._scored_chunks(chain([first], waiting), math.inf)):
+            for chunk in self._scored_chunks(chain([first], waiting), math.inf):
                 yield from self._normalized(chunk)
         if refused:
             raise refused[0]
@@ -350,22 +342,29 @@ class Scorer:
         """Raw scores of each request's passages."""
         pairs = sum(len(passages) for _, passages in requests)
         with progress_bar(pairs, self._settings.show_progress) as advance:
-            chunks = asked(self._scored_chunks(requests, pairs, cutoff_layers))
+            chunks = self._scored_chunks(requests, pairs, cutoff_layers)
             return scores_by_request(requests, [score for chunk in chunks for score in advance(chunk)])
+
+    async def _araw_scores(self, requests: Sequence[tuple[str, Sequence[str]]]) -> list[list[Any]]:
+        """`_raw_scores` without blocking the event loop."""
+        pairs = sum(len(passages) for _, passages in requests)
+        with progress_bar(pairs, self._settings.show_progress) as advance:
+            chunks = self._ascored_chunks(requests, pairs)
+            return scores_by_request(requests, [score async for chunk in chunks for score in advance(chunk)])
 
     def _scored_chunks(
         self, requests: Iterable[tuple[str, Sequence[str]]], pairs: float, cutoff_layers: tuple[int, ...] = ()
-    ) -> Generator[list[Any], None, None]:
+    ) -> Iterator[list[Any]]:
         """Raw scores chunk by chunk, in order. Tokenising runs ahead of the device, by a bounded number of pairs."""
         engine, family = self._lease.loaded()
         call = self._call(engine, family, pairs, cutoff_layers)
         try:
             for query, chunk in chunks_of(requests):
-                call.submit(call.encode(query, chunk)).result()
+                call.submit(call.encode(query, chunk))
                 while call.is_far_ahead:
-                    yield call.reduced(call.oldest().result())
+                    yield call.oldest()
             while call.pending:
-                yield call.reduced(call.oldest().result())
+                yield call.oldest()
         finally:
             self._end(call, family)
 
@@ -378,19 +377,13 @@ class Scorer:
         turns = self._lease.turns(engine)
         try:
             for query, chunk in chunks_of(requests):
-                sequences = await turns.run(partial(call.encode, query, chunk))
-                with asking():
-                    entered = call.submit(sequences)
-                    room = None if entered.done() else asyncio.wrap_future(entered)
-                if room is not None:
-                    await room
+                await call.asubmit(await turns.run(partial(call.encode, query, chunk)))
                 while call.is_far_ahead:
-                    yield call.reduced(await _oldest(call))
+                    yield await call.aoldest()
             while call.pending:
-                yield call.reduced(await _oldest(call))
+                yield await call.aoldest()
         finally:
-            with asking():
-                self._end(call, family)
+            self._end(call, family)
 
     def _call(self, engine: Engine, family: Family, pairs: float, cutoff_layers: tuple[int, ...] = ()) -> Call:
         split = self._settings.long_passages == "split"
@@ -413,8 +406,3 @@ class Scorer:
 
     def _normalized(self, scores: list[float]) -> list[float]:
         return [sigmoid(score) for score in scores] if self._settings.normalize else scores
-
-
-def _oldest(call: Call) -> asyncio.Future[list[Any]]:
-    with asking():
-        return asyncio.wrap_future(call.oldest())

@@ -157,8 +157,7 @@ class Engine:
             return request
         refused: list[Request] = []
         with self._changed:
-            # While the interpreter exits, only daemon threads ask, and wait in silence.
-            if not self._exiting or self._pid != os.getpid():
+            if not self._exiting:  # while the interpreter exits, only daemon threads ask, and wait in silence
                 self._raise_if_unusable()
             if not self._room.enter(request, may_wait=admitted or self._settings.when_full == "wait"):
                 raise QueueFullError(
@@ -199,7 +198,6 @@ class Engine:
         self._changed = threading.Condition()
         self._empty_queue()
         self._closed = True
-        self._exiting = True
 
     def _empty_queue(self) -> None:
         self._schedule = Schedule()
