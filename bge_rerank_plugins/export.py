@@ -109,13 +109,15 @@ def _write(settings: RerankSettings, made: Path) -> None:
     from .core.checkpoint import Checkpoint
     from .core.encoder import Encoder, checked_config
     from .core.families import family_of
+    from .core.tokenizer import load_tokenizer
+    from .core.weights import load_model
 
     checkpoint = Checkpoint.from_settings(settings)
     if family_of(checkpoint) is not Encoder:
         raise ValueError(f"model={settings.model!r}: only cross-encoders can be exported")
     config, layout, _ = checked_config(checkpoint, settings)
     cpu = torch.device("cpu")
-    model = checkpoint.load(AutoModelForSequenceClassification, config, torch.float32, cpu, attention="eager")
+    model = load_model(checkpoint, AutoModelForSequenceClassification, config, torch.float32, cpu, attention="eager")
     names = ["input_ids", "attention_mask", *(["token_type_ids"] if layout.token_types else [])]
     rows, tokens = torch.export.Dim("rows"), torch.export.Dim("tokens")
     program: Any = torch.onnx.export(
@@ -136,7 +138,7 @@ def _write(settings: RerankSettings, made: Path) -> None:
         if file is not None:
             shutil.copy(file, made)
     if not (made / "tokenizer.json").exists():
-        checkpoint.tokenizer().backend_tokenizer.save(str(made / "tokenizer.json"))
+        load_tokenizer(checkpoint).backend_tokenizer.save(str(made / "tokenizer.json"))
 
 
 def _check(settings: RerankSettings, made: Path, *, int8: bool) -> Export:

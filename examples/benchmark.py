@@ -248,13 +248,14 @@ def _lengths(directory: Path, family: str, workload: Workload) -> tuple[list[int
     from bge_rerank_plugins.core.checkpoint import Checkpoint
     from bge_rerank_plugins.core.pairs import PairTemplate
     from bge_rerank_plugins.core.prompt import Prompt
+    from bge_rerank_plugins.core.tokenizer import load_tokenizer
 
     settings = RerankSettings(model=str(directory))
     checkpoint = Checkpoint.from_settings(settings)
     if family != "encoder":
         sequences = Prompt(checkpoint, settings, 8192).encode(workload.query, workload.passages)
         return [len(sequence) for sequence in sequences], sequences[0].prefix
-    tokenizer: Any = checkpoint.tokenizer().backend_tokenizer
+    tokenizer: Any = load_tokenizer(checkpoint).backend_tokenizer
     special = len(PairTemplate.of(tokenizer))
     texts = tokenizer.encode_batch([workload.query, *workload.passages], add_special_tokens=False)
     query, *passages = (len(encoding.ids) for encoding in texts)

@@ -12,7 +12,8 @@ from conftest import DATA
 from transformers import PreTrainedTokenizerFast
 
 from bge_rerank_plugins import Scorer
-from bge_rerank_plugins.core import checkpoint
+from bge_rerank_plugins.core import tokenizer
+from bge_rerank_plugins.core.checkpoint import Checkpoint
 from bge_rerank_plugins.core.prompt import PROMPT
 from bge_rerank_plugins.finetune import FinetuneSettings
 from bge_rerank_plugins.finetune.models import trainee_of
@@ -413,7 +414,7 @@ def test_a_vocabulary_is_read_by_the_class_that_is_named(copied: Path, monkeypat
 
     (copied / "tokenizer.json").unlink()
     (copied / "tokenizer.model").write_bytes(b"")
-    monkeypatch.setattr(checkpoint, "find_spec", lambda name: name)
+    monkeypatch.setattr(tokenizer, "find_spec", lambda name: name)
     for named, kind in (
         ("LlamaTokenizerFast", LlamaTokenizer),
         ("LlamaTokenizer", LlamaTokenizer),
@@ -422,8 +423,8 @@ def test_a_vocabulary_is_read_by_the_class_that_is_named(copied: Path, monkeypat
         (None, AutoTokenizer),
     ):
         (copied / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": named}))
-        assert checkpoint.Checkpoint(str(copied))._reads_vocabulary() is kind
-    monkeypatch.setattr(checkpoint, "find_spec", lambda name: None)
+        assert tokenizer._reads_vocabulary(Checkpoint(str(copied))) is kind
+    monkeypatch.setattr(tokenizer, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match="pip install sentencepiece protobuf"):
         Scorer(str(copied)).score("a", ["b"])
 

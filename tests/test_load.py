@@ -26,6 +26,7 @@ from bge_rerank_plugins import Scorer, call
 from bge_rerank_plugins.call import ENCODE_AT_ONCE, PAIRS_AHEAD
 from bge_rerank_plugins.core.checkpoint import Checkpoint
 from bge_rerank_plugins.core.engine import QueueFullError
+from bge_rerank_plugins.core.tokenizer import load_tokenizer
 from bge_rerank_plugins.core.windows import _spans, split_text
 from bge_rerank_plugins.settings import RerankSettings
 from bge_rerank_plugins.turns import Turns
@@ -416,7 +417,7 @@ def test_windows_leave_nothing_out_and_fit(text: str, room: int) -> None:
         assert all(len(tokenizer.encode(text[a:b], add_special_tokens=False).ids) <= room for a, b in spans)
 
 
-TOKENIZER = Checkpoint.from_settings(RerankSettings(model=ENCODER)).tokenizer()
+TOKENIZER = load_tokenizer(Checkpoint.from_settings(RerankSettings(model=ENCODER)))
 
 
 # Many calls at once

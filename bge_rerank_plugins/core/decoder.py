@@ -19,6 +19,7 @@ from .last_layer import LastRows
 from .packing import Pack
 from .prompt import Prompt
 from .sequences import TokenSequence
+from .weights import load_model
 
 if TYPE_CHECKING:
     from ..settings import RerankSettings
@@ -68,7 +69,7 @@ class Decoder:
             raise ValueError(
                 "dtype='float16': Gemma's hidden states overflow in it to NaN; use 'bfloat16' or 'float32'"
             )
-        model: Any = checkpoint.load(AutoModelForCausalLM, config, dtype, device)
+        model: Any = load_model(checkpoint, AutoModelForCausalLM, config, dtype, device)
         if dtype == torch.int8:
             round_linear_layers(model.base_model.layers)
         return cls(model, prompt)

@@ -22,6 +22,8 @@ from .linear import in_few_sizes, pack_linear_layers
 from .packing import Pack
 from .pairs import PairEncoder, PairLayout, layout_of
 from .sequences import TokenSequence, longest_pair
+from .tokenizer import load_tokenizer
+from .weights import load_model
 from .words import Words
 
 if TYPE_CHECKING:
@@ -67,7 +69,7 @@ class Encoder:
         """
         config, layout, max_length = checked_config(checkpoint, settings)
         pairs = _pairs_of(checkpoint, settings, config, layout, max_length)
-        model: Any = checkpoint.load(AutoModelForSequenceClassification, config, dtype, device)
+        model: Any = load_model(checkpoint, AutoModelForSequenceClassification, config, dtype, device)
         if dtype == torch.int8:
             round_linear_layers(model.base_model.encoder.layer[:-1])
         return cls(model, pairs, max_length, layout.first_position(config.pad_token_id, checkpoint.model))
@@ -225,7 +227,7 @@ def pair_encoder(checkpoint: Checkpoint, settings: RerankSettings) -> PairEncode
 def _pairs_of(
     checkpoint: Checkpoint, settings: RerankSettings, config: PreTrainedConfig, layout: PairLayout, max_length: int
 ) -> PairEncoder:
-    tokenizer = checkpoint.tokenizer()
+    tokenizer = load_tokenizer(checkpoint)
     inputs = tokenizer.init_kwargs.get("model_input_names")  # where the checkpoint says so
     layout = replace(layout, token_types=layout.token_types and (inputs is None or "token_type_ids" in inputs))
     padding = int(config.pad_token_id or 0)

@@ -22,6 +22,7 @@ from .last_layer import LastRows
 from .packing import Pack
 from .prompt import Prompt
 from .sequences import TokenSequence
+from .weights import load_model
 
 if TYPE_CHECKING:
     from ..settings import RerankSettings
@@ -106,7 +107,7 @@ class Layerwise:
         layers, cutoff_layer, prompt = _checked(checkpoint, settings)
 
         def load(top: int) -> LayerwiseModel:
-            model: Any = checkpoint.load(LayerwiseModel, granite_config(published, top), dtype, device)
+            model: Any = load_model(checkpoint, LayerwiseModel, granite_config(published, top), dtype, device)
             if dtype == torch.int8:
                 round_linear_layers(model.model.layers)
             return model  # type: ignore[no-any-return]

@@ -6,13 +6,12 @@ tokenised apart and joined as ids, never as text. Knows nothing of models.
 
 from __future__ import annotations
 
-import inspect
 import itertools
-import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from .sequences import TokenSequence, cut, longest_pair, longest_query
+from .tokenizer import first_tokens, load_tokenizer
 from .windows import split_text
 from .words import Words
 
@@ -51,7 +50,7 @@ class Prompt:
     """
 
     def __init__(self, checkpoint: Checkpoint, settings: RerankSettings, positions: int) -> None:
-        tokenizer: Any = checkpoint.tokenizer()
+        tokenizer: Any = load_tokenizer(checkpoint)
         self._words = Words(tokenizer.backend_tokenizer, checkpoint.config.get("vocab_size"), checkpoint.model)
         self._side: str = tokenizer.truncation_side
         self._separator, prompt, answer = self._words.ids([SEPARATOR, _or_default(settings.prompt, PROMPT), ANSWER])
@@ -66,11 +65,7 @@ class Prompt:
         self._passage_instruction = _or_default(settings.passage_instruction, PASSAGE_INSTRUCTION)
         # Never the whole length: the first token and one of the passage stay.
         self._query_room = longest_query(settings.query_max_length, max_length, max_length - 2)
-        bos = tokenizer.bos_token_id
-        if bos is None:
-            bos = _bos_elsewhere(checkpoint, tokenizer)
-        # FlagEmbedding starts without a first token where the tokenizer has none, or pads with it.
-        self._bos = [] if bos in (None, tokenizer.pad_token_id) else [int(bos)]
+        self._bos = first_tokens(checkpoint, tokenizer)
         self._words.known([*self._bos, *self._tail, self.answer_id])
 
     def encode(self, query: str, passages: Sequence[str]) -> list[TokenSequence]:
@@ -101,32 +96,6 @@ class Prompt:
 
     def _cut_query(self, ids: list[int]) -> list[int]:
         return cut(ids, self._query_room, self._side)
-
-
-def _bos_elsewhere(checkpoint: Checkpoint, tokenizer: Any) -> int | None:
-    """Id of the first token where the tokenizer seems to have none, since tokenizer.json is read without its own class.
-
-    Raises:
-        ValueError: The class that is named puts one there, and special_tokens_map.json does not say so, too; or nothing is said.
-    """
-    if "bos_token" in checkpoint.tokenizer_config:
-        return None
-    if not checkpoint.tokenizer_config:
-        raise ValueError(
-            f"model={checkpoint.model!r}: it has no tokenizer_config.json, which says what a text begins with"
-        )
-    kind = checkpoint.tokenizer_class
-    default = None if kind is None else inspect.signature(kind).parameters.get("bos_token")
-    if kind is None or default is None or default.default is None:
-        return None
-    file = checkpoint.file("special_tokens_map.json")
-    token = None if file is None else json.loads(file.read_text(encoding="utf-8")).get("bos_token")
-    if default.default == (token.get("content") if isinstance(token, dict) else token):
-        return int(tokenizer.convert_tokens_to_ids(default.default))
-    raise ValueError(
-        f"model={checkpoint.model!r}: its tokenizer_config.json names no bos_token, and that of {kind.__name__} "
-        f"is {default.default!r} where nothing is said; name it there, or null"
-    )
 
 
 def _or_default(text: str | None, default: str) -> str:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from . import checkpoint
+from . import weights
 from .engine import FORKED, Engine, key_of, live
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ def _after_fork() -> None:
     for engine in list(live):
         engine.forget_fork()
     live.clear()
-    checkpoint.forget_fork()
+    weights.forget_fork()
 
 
 if hasattr(os, "register_at_fork"):  # not on Windows

@@ -20,6 +20,7 @@ from ..core.families import family_of
 from ..core.layerwise import Layerwise, LayerwiseModel, check_layers, granite_config, hidden_scale, layers_of
 from ..core.pairs import layout_of
 from ..core.prompt import Prompt
+from ..core.weights import load_model
 from .checkpoints import checkpoint_of, rerank_settings
 from .settings import FinetuneSettings
 from .trainee import Encode, Padded, Trainee
@@ -43,7 +44,8 @@ class EncoderTrainee(Trainee):
         config = self.checkpoint.transformers_config()
         layout = layout_of(config.model_type, self.checkpoint.model)
         self._first_position = layout.first_position(config.pad_token_id, self.checkpoint.model)
-        return self.checkpoint.load(
+        return load_model(
+            self.checkpoint,
             AutoModelForSequenceClassification,
             config,
             dtype,
@@ -82,7 +84,9 @@ class DecoderTrainee(Trainee):
         prompt = Prompt(self.checkpoint, rerank_settings(self.settings), config.max_position_embeddings)
         self._answer = prompt.answer_id
         self._softcap: float | None = getattr(config, "final_logit_softcapping", None)
-        return self.checkpoint.load(AutoModelForCausalLM, config, dtype, torch.device("cpu"), attention=ATTENTION)
+        return load_model(
+            self.checkpoint, AutoModelForCausalLM, config, dtype, torch.device("cpu"), attention=ATTENTION
+        )
 
     def _scores(self, pairs: Padded) -> Tensor:
         """The logit of "Yes" of each pair. Shape (pairs, 1)."""
@@ -115,7 +119,8 @@ class LayerwiseTrainee(Trainee):
         self._hidden_scale = hidden_scale(published)
         if published["head_type"] != "simple":
             self.trained_whole = ()
-        return self.checkpoint.load(
+        return load_model(
+            self.checkpoint,
             LayerwiseModel,
             granite_config(published, published["num_hidden_layers"]),
             dtype,

@@ -17,9 +17,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ..core.checkpoint import alone_and_quiet
 from ..core.prompt import Prompt
 from ..core.sequences import TokenSequence
+from ..core.tokenizer import load_tokenizer
+from ..core.weights import alone_and_quiet
 from .checkpoints import TrainingCheckpoint, rerank_settings
 from .settings import FinetuneSettings
 
@@ -186,7 +187,7 @@ class Trainee(nn.Module, ABC):
     def _save_model(self, folder: Path) -> None:
         self.inner.save_pretrained(folder)
         if self.checkpoint.file("tokenizer.json") is None:
-            self.checkpoint.tokenizer().save_pretrained(folder)
+            load_tokenizer(self.checkpoint).save_pretrained(folder)
         for name in _TOKENIZER_FILES:
             self._copy(name, folder)
 
