@@ -12,6 +12,7 @@ from .jsonl import InputError
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.text import Annotation
 
 
 def new_figure(extra: str) -> Figure:
@@ -50,6 +51,21 @@ def legend_above(figure: Figure, axes: Sequence[Axes]) -> None:
     if lines:
         labels = [str(line.get_label()) for line in lines]
         figure.legend(lines, labels, loc="outside upper center", ncols=len(lines), frameon=False)
+
+
+def labels_apart(figure: Figure, labels: Sequence[Annotation]) -> None:
+    """Moves labels down that would lie on points or on earlier labels, once the axes have their limits."""
+    from matplotlib.transforms import Bbox
+
+    figure.draw_without_rendering()  # which says where they are
+    point = 3.5 * figure.dpi / 72
+    centers = [label.axes.transData.transform(label.xy) for label in labels if label.axes is not None]
+    taken = [Bbox([center - point, center + point]) for center in centers]
+    for label in labels:
+        while any(label.get_window_extent().overlaps(other) for other in taken):
+            x, y = label.xyann
+            label.xyann = (x, y - 1.3 * float(label.get_fontsize()))
+        taken.append(label.get_window_extent())
 
 
 def save_picture(figure: Figure, path: str | Path) -> None:

@@ -5,7 +5,10 @@ import math
 import shutil
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import ir_measures
 import pytest
@@ -16,6 +19,7 @@ from ir_measures import AP, RR, Judged, R, Success, nDCG
 
 from bge_rerank_plugins import Scorer
 from bge_rerank_plugins.evaluation import JudgedSet, bm25_run, encoder_run, evaluate
+from bge_rerank_plugins.evaluation import report as report_module
 from bge_rerank_plugins.evaluation.measures import measure, p_value, parse_measures, trec_scores
 from bge_rerank_plugins.evaluation.report import WIDTH, notes, plot, table
 from bge_rerank_plugins.evaluation.settings import MEASURES
@@ -402,3 +406,22 @@ def test_the_plot_is_a_picture_even_where_nothing_was_timed(tmp_path: Path) -> N
         plot(evaluate(THREE, FOUND, scorers), tmp_path / f"{number}.png")
 
         assert (tmp_path / f"{number}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_labels_in_the_plot_lie_neither_on_points_nor_on_each_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    times = {"length 112": 7.0, "length 112, fast": 6.0, "length 112, float32": 7.0}
+    report = evaluate(THREE, FOUND, {name: Table(A=1, B=3, C=1) for name in times})
+    alike = [replace(system, seconds=(times[system.name] / 1000,)) for system in report.systems[1:]]
+    drawn: list[Any] = []
+    monkeypatch.setattr(report_module, "save_picture", lambda figure, path: drawn.append(figure))
+
+    plot(replace(report, systems=(report.systems[0], *alike)), tmp_path / "plot.png")
+
+    (axes,) = drawn[0].axes
+    labels = [label.get_window_extent() for label in axes.texts]
+    assert [label.get_text() for label in axes.texts] == list(times)
+    assert not [pair for pair in combinations(labels, 2) if pair[0].overlaps(pair[1])]
+    points = [axes.transData.transform(label.xy) for label in axes.texts]
+    assert not [label for label in labels for point in points if label.contains(*point)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import textwrap
 from pathlib import Path
 
-from ..pictures import new_figure, save_picture
+from ..pictures import labels_apart, new_figure, save_picture
 from .comparison import Report, System
 
 WIDTH = 80
@@ -55,10 +55,11 @@ def plot(report: Report, path: str | Path) -> None:
     axes = figure.subplots()
     axes.axhline(base.quality.mean[name], color="tab:gray", linestyle="--", label=base.name)
     timed = [system for system in systems if system.milliseconds is not None]
+    labels = []
     for number, system in enumerate(timed):
         point = (system.milliseconds or 0.0, system.quality.mean[name])
         axes.plot(*point, "o", color=f"C{number % 10}", markersize=8)
-        axes.annotate(system.name, point, xytext=(6, 6), textcoords="offset points", fontsize=9)
+        labels.append(axes.annotate(system.name, point, xytext=(6, 6), textcoords="offset points", fontsize=9))
     times = [system.milliseconds or 0.0 for system in timed]
     if times:
         axes.set_xscale("log")
@@ -74,6 +75,7 @@ def plot(report: Report, path: str | Path) -> None:
     )
     axes.grid(alpha=0.3, which="both")
     axes.legend(loc="lower right")
+    labels_apart(figure, labels)
     save_picture(figure, path)
 
 
