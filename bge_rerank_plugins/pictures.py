@@ -62,7 +62,9 @@ def labels_apart(figure: Figure, labels: Sequence[Annotation]) -> None:
     centers = [label.axes.transData.transform(label.xy) for label in labels if label.axes is not None]
     taken = [Bbox([center - point, center + point]) for center in centers]
     for label in labels:
-        while any(label.get_window_extent().overlaps(other) for other in taken):
+        for _ in range(4 * len(taken)):  # a label whose point is outside has no place, and would be moved for ever
+            if not any(label.get_window_extent().overlaps(other) for other in taken):
+                break
             x, y = label.xyann
             label.xyann = (x, y - 1.3 * float(label.get_fontsize()))
         taken.append(label.get_window_extent())
