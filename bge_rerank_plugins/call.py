@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from .lease import asking
+from .signals import asking
 from .terminal import bar_is_hidden
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ class Call:
         truncated: How many passages were cut to fit so far.
         pending: Chunks whose scores were not taken yet, in order.
 
-    Whatever touches the engine or a future of its is done as `lease.asking`.
+    Whatever touches the engine or a future of its is done within `asking`.
     """
 
     def __init__(

@@ -8,15 +8,13 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary, WeakSet
 
+from .signals import asking, is_asking
 from .turns import Turns
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from .core.engine import Engine
     from .core.families import Family
     from .settings import RerankSettings
@@ -29,21 +27,6 @@ FORKED = (
 
 _leases: WeakSet[Lease] = WeakSet()
 _forked_while_loading = False
-_askers: list[int] = []
-
-
-@contextmanager
-def asking() -> Iterator[None]:
-    """For what this thread does with an engine and its futures, whose locks it takes then, and the workers, too.
-
-    A signal's handler that closes in the midst of it does not wait for the workers, which may be waiting for this thread.
-    """
-    thread = threading.get_ident()
-    _askers.append(thread)
-    try:
-        yield
-    finally:
-        _askers.remove(thread)
 
 
 class Lease:
@@ -139,7 +122,10 @@ class Lease:
             engine, self.engine = self.engine, None
             if self._finalizer is not None:
                 self._finalizer.detach()
-        _release(engine, wait=threading.get_ident() not in _askers)
+        if is_asking():  # in a signal's handler: the engine's locks are to be had when this thread goes on
+            threading.Thread(target=_release, args=(engine,), name="bge-rerank-closing", daemon=True).start()
+        else:
+            _release(engine)
 
     def _check_open(self) -> None:
         if self._closed:
@@ -169,11 +155,11 @@ class Lease:
         _release(engine)
 
 
-def _release(engine: Engine | None, *, wait: bool = True) -> None:
+def _release(engine: Engine | None) -> None:
     if engine is not None:
         from .core.registry import release
 
-        release(engine, wait=wait)
+        release(engine)
 
 
 def _after_fork() -> None:

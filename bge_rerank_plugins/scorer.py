@@ -13,9 +13,10 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any, Literal
 
 from .call import ENCODE_AT_ONCE, Call, chunks_of, progress_bar
-from .lease import Lease, asking
+from .lease import Lease
 from .ranking import RankedPassage, check_cut, rank_scores, sigmoid
 from .settings import Dtype, RerankSettings
+from .signals import asking
 from .texts import (
     checked_layers,
     checked_requests,
@@ -395,14 +396,18 @@ class Scorer:
         if call.truncated and not self._warned:
             self._warned = True
             splits = self._settings.long_passages == "split"  # all but what the query leaves no room
-            logger.warning(
-                "%s: passages were cut to fit max_length=%d tokens together with the query, %d in this call; "
-                "%s (said once per scorer)",
-                self._settings.model,
-                family.max_length,
-                call.truncated,
-                "a smaller query_max_length leaves them room" if splits else "long_passages='split' scores them whole",
+            cure = (
+                "a smaller query_max_length leaves them room" if splits else "long_passages='split' scores them whole"
             )
+            with asking():  # a worker may have something to log, too
+                logger.warning(
+                    "%s: passages were cut to fit max_length=%d tokens together with the query, %d in this call; "
+                    "%s (said once per scorer)",
+                    self._settings.model,
+                    family.max_length,
+                    call.truncated,
+                    cure,
+                )
 
     def _normalized(self, scores: list[float]) -> list[float]:
         return [sigmoid(score) for score in scores] if self._settings.normalize else scores

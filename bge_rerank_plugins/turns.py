@@ -12,6 +12,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
+from .signals import asking
+
 if TYPE_CHECKING:
     from concurrent.futures import Future, ThreadPoolExecutor
 
@@ -54,7 +56,8 @@ class Turns:
     def _send(self, loop: asyncio.AbstractEventLoop, waiting: _Waiting) -> None:
         self._waiting = _none
         try:
-            job = self.thread.submit(_do, loop, waiting)
+            with asking():
+                job = self.thread.submit(_do, loop, waiting)
         except RuntimeError:  # the thread has been shut down
             _deliver([(future, None, RuntimeError(CLOSED)) for _, future in waiting])
             return

@@ -33,7 +33,7 @@ from bge_rerank_plugins.core.worker import (
     budget_within,
     token_bytes,
 )
-from bge_rerank_plugins.lease import asking
+from bge_rerank_plugins.signals import asking
 
 MODEL = str(DATA / "encoder")
 

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -441,6 +442,34 @@ def printed_by(program: str) -> str:
     return done.stdout
 
 
+@pytest.mark.parametrize(
+    ("forks", "told"), [(False, "the scorer is closed"), (True, "forked after a model was loaded")]
+)
+def test_a_stream_that_goes_on_while_the_interpreter_exits_is_told(forks: bool, told: str, encoder_dir: str) -> None:
+    """It waited for ever: that nobody is told then is for daemon threads, which end with the interpreter."""
+    program = f"""
+import atexit
+import os
+def goes_on():
+    child = os.fork() if {forks} else 0
+    if child:
+        os.waitpid(child, 0)
+        return
+    try:
+        list(stream)
+    except RuntimeError as error:
+        print(error, flush=True)
+    if {forks}:
+        os._exit(0)
+atexit.register(goes_on)  # before the package's own, and called after it
+from bge_rerank_plugins import Scorer
+scorer = Scorer({encoder_dir!r})
+stream = scorer.score_stream(("a", str(number)) for number in range(9000))
+next(stream)
+"""
+    assert told in printed_by(program)
+
+
 def test_a_forked_child_is_told_that_the_model_cannot_follow(encoder_dir: str) -> None:
     program = f"""
 import os
@@ -600,26 +629,47 @@ def test_only_what_is_applied_to_scores_leaves_the_model_shared() -> None:
         assert (key_of(changed) == key_of(base)) == (name in same), name
 
 
-@pytest.mark.parametrize("form", ["score", "ascore", "stream", "stats"])
-@pytest.mark.parametrize("lock", ["future", "engine"])
+@pytest.mark.parametrize(
+    ("form", "lock"),
+    [
+        ("score", "future"),
+        ("score", "engine"),
+        ("ascore", "future"),
+        ("ascore", "engine"),
+        ("ascore", "tokenizer"),
+        ("stream", "future"),
+        ("stream", "engine"),
+        ("stats", "engine"),
+    ],
+)
 def test_a_signals_handler_may_close_a_scorer_whose_thread_asks_it(
-    lock: str, form: str, encoder_dir: str, monkeypatch: pytest.MonkeyPatch
+    form: str, lock: str, encoder_dir: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The thread held a lock, a worker needed that to end, and closing waited for the worker."""
+    """The thread held a lock, a worker needed that to end or held another one, and closing waited for the worker."""
     scorer = Scorer(encoder_dir, max_batch_tokens=782)
     engine, _ = scorer._lease.loaded()
-    method = "stats" if form == "stats" else "submit"
-    whole, alive = getattr(engine, method), []
+    alive = []
     for worker in engine._workers:
         monkeypatch.setattr(worker, "join", lambda timeout, worker=worker: alive.append(worker))
+    asked = engine.tokenizer_thread if lock == "tokenizer" else engine
+    method = "stats" if form == "stats" else "submit"
+    whole = getattr(asked, method)
 
     def interrupted(*arguments: Any, **options: Any) -> Any:
+        if lock == "tokenizer":
+            with engine.tokenizer_thread._shutdown_lock:
+                scorer.close()
+            return whole(*arguments, **options)
         result = whole(*arguments, **options)
-        with result.future._condition if lock == "future" and form != "stats" else engine._changed:
+        with result.future._condition if lock == "future" else engine._changed:
+            time.sleep(0.05)  # until a worker comes to give the score
+            alive.clear()
             scorer.close()
+            waited.extend(alive)
         return result
 
-    monkeypatch.setattr(engine, method, interrupted)
+    waited: list[Any] = []
+    monkeypatch.setattr(asked, method, interrupted)
     with suppress(RuntimeError):  # the pack may have been begun before
         if form == "score":
             scorer.score("a", ["b"])
@@ -629,7 +679,7 @@ def test_a_signals_handler_may_close_a_scorer_whose_thread_asks_it(
             list(scorer.score_stream([("a", "b")]))
         else:
             scorer.stats()
-    assert alive == []  # nobody waited for it
+    assert waited == []  # the thread itself waited for nobody
     monkeypatch.undo()
     for worker in engine._workers:
         worker.join(timeout=30)

@@ -155,9 +155,9 @@ class Engine:
             request.has_entered()
             request.future.set_result([])
             return request
-        refused: list[Request] = []
         with self._changed:
-            if not self._exiting:  # while the interpreter exits, only daemon threads ask, and wait in silence
+            # While the interpreter exits, a daemon thread waits in silence, and ends with it.
+            if not self._exiting or not threading.current_thread().daemon:
                 self._raise_if_unusable()
             if not self._room.enter(request, may_wait=admitted or self._settings.when_full == "wait"):
                 raise QueueFullError(
@@ -165,10 +165,7 @@ class Engine:
                     "try again later"
                 )
             self._stats.truncated += sum(sequence.truncated for sequence in sequences)
-            if self._closed and not self._exiting:  # by a signal's handler, since it was looked at
-                refused = self._drain()
             self._changed.notify_all()
-        self._refuse(refused)
         return request
 
     def close(self, *, wait: bool = True) -> None:
@@ -198,6 +195,7 @@ class Engine:
         self._changed = threading.Condition()
         self._empty_queue()
         self._closed = True
+        self._exiting = False
 
     def _empty_queue(self) -> None:
         self._schedule = Schedule()

@@ -47,9 +47,8 @@ class Room:
     def let_in(self) -> bool:
         """Lets those in for whom there is room now, up to the first for whom there is none; whether there were any."""
         entered = False
-        outside = self._outside  # another one if a signal's handler drains this room meanwhile
-        while outside and (outside[0].finished or self._has_room_for(outside[0])):
-            self._add(outside.popleft())
+        while self._outside and (self._outside[0].finished or self._has_room_for(self._outside[0])):
+            self._add(self._outside.popleft())
             entered = True
         return entered
 

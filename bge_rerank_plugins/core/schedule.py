@@ -73,7 +73,7 @@ class Request:
         return self.future.done()
 
     def has_entered(self) -> None:
-        """Resolves `entered`, if it is not resolved: a signal's handler may drain the queue that it enters."""
+        """Resolves `entered`, if it is not resolved: closing may be broken into by a signal's handler that closes, too."""
         if self.entered.done():
             return
         with suppress(RuntimeError, InvalidStateError):
