@@ -291,12 +291,23 @@ def test_a_request_that_enters_while_its_threads_signal_handler_closes_is_told(
         scorer.close()
         return whole(*arguments, **options)
 
+    begun, goes_on = threading.Event(), threading.Event()
+
+    def busy(pack: Pack, forward: Callable[[Pack], Tensor]) -> Tensor:
+        begun.set()
+        assert goes_on.wait(timeout=30)
+        return forward(pack)
+
+    inject(scorer, busy)
     engine, family = scorer._lease.loaded()
+    engine.submit(family.encode("a", ["b"]), engine.open_job(1))
+    assert begun.wait(timeout=30)
     monkeypatch.setattr(Room, before, interrupted)
     with asking():  # a close within a call does not wait for the worker, which cannot end before the call does
         request = engine.submit(family.encode("a", ["b"]), engine.open_job(1))
     with pytest.raises(EngineClosedError):
         request.future.result(timeout=30)
+    goes_on.set()
     assert request.entered.done()
 
 

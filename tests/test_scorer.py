@@ -648,9 +648,9 @@ def test_a_signals_handler_may_close_a_scorer_whose_thread_asks_it(
     """The thread held a lock, a worker needed that to end or held another one, and closing waited for the worker."""
     scorer = Scorer(encoder_dir, max_batch_tokens=782)
     engine, _ = scorer._lease.loaded()
-    alive = []
+    waited: list[threading.Thread] = []
     for worker in engine._workers:
-        monkeypatch.setattr(worker, "join", lambda timeout, worker=worker: alive.append(worker))
+        monkeypatch.setattr(worker, "join", lambda timeout: waited.append(threading.current_thread()))
     asked = engine.tokenizer_thread if lock == "tokenizer" else engine
     method = "stats" if form == "stats" else "submit"
     whole = getattr(asked, method)
@@ -663,12 +663,9 @@ def test_a_signals_handler_may_close_a_scorer_whose_thread_asks_it(
         result = whole(*arguments, **options)
         with result.future._condition if lock == "future" else engine._changed:
             time.sleep(0.05)  # until a worker comes to give the score
-            alive.clear()
             scorer.close()
-            waited.extend(alive)
         return result
 
-    waited: list[Any] = []
     monkeypatch.setattr(asked, method, interrupted)
     with suppress(RuntimeError):  # the pack may have been begun before
         if form == "score":
@@ -679,7 +676,7 @@ def test_a_signals_handler_may_close_a_scorer_whose_thread_asks_it(
             list(scorer.score_stream([("a", "b")]))
         else:
             scorer.stats()
-    assert waited == []  # the thread itself waited for nobody
+    assert threading.current_thread() not in waited
     monkeypatch.undo()
     for worker in engine._workers:
         worker.join(timeout=30)
