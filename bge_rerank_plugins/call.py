@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from .signals import asking
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from .core.engine import Engine
     from .core.families import Family
     from .core.sequences import TokenSequence
+    from .turns import Turns
 
 ENCODE_AT_ONCE = 32
 """Passages that are tokenised before the device gets them, so that it starts while the rest is tokenised."""
@@ -40,7 +42,6 @@ class Call:
 
     Attributes:
         truncated: How many passages were cut to fit so far.
-        pending: Chunks whose scores were not taken yet, in order.
 
     Whatever touches the engine or a future of its is done within `asking`.
     """
@@ -56,23 +57,41 @@ class Call:
         self._split = split
         self.truncated = 0
         self._windows: deque[list[int]] = deque()
-        self.pending: deque[Future[list[Any]]] = deque()
+        self._pending: deque[Future[list[Any]]] = deque()
         self._pairs_pending = 0
         self._admitted = False
 
-    def encode(self, query: str, passages: Sequence[str]) -> list[TokenSequence]:
+    def scored(self, requests: Iterable[tuple[str, Sequence[str]]]) -> Iterator[list[Any]]:
+        """Raw scores chunk by chunk, in order. Tokenising runs ahead of the device, by a bounded number of pairs."""
+        for query, chunk in _chunks_of(requests):
+            self._submit(self._encode(query, chunk))
+            while self._is_far_ahead:
+                yield self._oldest()
+        while self._pending:
+            yield self._oldest()
+
+    async def ascored(self, requests: Iterable[tuple[str, Sequence[str]]], turns: Turns) -> AsyncIterator[list[Any]]:
+        """`scored` without blocking the event loop, whose `turns` tokenise."""
+        for query, chunk in _chunks_of(requests):
+            await self._asubmit(await turns.run(partial(self._encode, query, chunk)))
+            while self._is_far_ahead:
+                yield await self._aoldest()
+        while self._pending:
+            yield await self._aoldest()
+
+    def _encode(self, query: str, passages: Sequence[str]) -> list[TokenSequence]:
         """Token ids of a chunk, long passages in windows if they are to be split."""
         parts = [self._family.windows(query, passage) if self._split else [passage] for passage in passages]
         self._windows.append([len(windows) for windows in parts])
         return self._family.encode(query, [window for windows in parts for window in windows])
 
-    def submit(self, sequences: list[TokenSequence]) -> None:
+    def _submit(self, sequences: list[TokenSequence]) -> None:
         """Queues a chunk, and waits until the queue has room for it."""
         with asking():
             self._submitted(sequences).result()
 
-    async def asubmit(self, sequences: list[TokenSequence]) -> None:
-        """`submit` without blocking the event loop."""
+    async def _asubmit(self, sequences: list[TokenSequence]) -> None:
+        """`_submit` without blocking the event loop."""
         with asking():
             entered = self._submitted(sequences)
             room = None if entered.done() else asyncio.wrap_future(entered)
@@ -83,30 +102,30 @@ class Call:
         request = self._engine.submit(sequences, self._job, self._cutoff_layers, admitted=self._admitted)
         self._admitted = True
         self.truncated += sum(sequence.truncated for sequence in sequences)
-        self.pending.append(request.future)
+        self._pending.append(request.future)
         self._pairs_pending += len(sequences)
         return request.entered
 
     @property
-    def is_far_ahead(self) -> bool:
+    def _is_far_ahead(self) -> bool:
         """Whether to take scores before submitting more: some are there, or so much waits that more would only take memory."""
         with asking():
-            return bool(self.pending) and (self.pending[0].done() or self._pairs_pending > PAIRS_AHEAD)
+            return bool(self._pending) and (self._pending[0].done() or self._pairs_pending > PAIRS_AHEAD)
 
-    def oldest(self) -> list[Any]:
+    def _oldest(self) -> list[Any]:
         """The next chunk's scores, one per passage: the best of its windows, at each layer if there are several."""
         with asking():
-            scores = self.pending[0].result()
+            scores = self._pending[0].result()
         return self._reduced(scores)
 
-    async def aoldest(self) -> list[Any]:
-        """`oldest` without blocking the event loop."""
+    async def _aoldest(self) -> list[Any]:
+        """`_oldest` without blocking the event loop."""
         with asking():
-            scores = asyncio.wrap_future(self.pending[0])
+            scores = asyncio.wrap_future(self._pending[0])
         return self._reduced(await scores)
 
     def _reduced(self, scores: list[Any]) -> list[Any]:
-        self.pending.popleft()
+        self._pending.popleft()
         self._pairs_pending -= len(scores)
         remaining = iter(scores)
         windows = [[next(remaining) for _ in range(count)] for count in self._windows.popleft()]
@@ -117,11 +136,11 @@ class Call:
     def cancel(self) -> None:
         """Drops what is not scored yet."""
         with asking():
-            for future in self.pending:
+            for future in self._pending:
                 future.cancel()
 
 
-def chunks_of(requests: Iterable[tuple[str, Sequence[str]]]) -> Iterator[tuple[str, Sequence[str]]]:
+def _chunks_of(requests: Iterable[tuple[str, Sequence[str]]]) -> Iterator[tuple[str, Sequence[str]]]:
     """Requests in pieces of `ENCODE_AT_ONCE` passages, in order."""
     for query, passages in requests:
         for start in range(0, len(passages), ENCODE_AT_ONCE):

@@ -8,11 +8,10 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
-from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING, Any, Literal
 
-from .call import ENCODE_AT_ONCE, Call, chunks_of, progress_bar
+from .call import ENCODE_AT_ONCE, Call, progress_bar
 from .lease import Lease
 from .ranking import RankedPassage, check_cut, rank_scores, sigmoid
 from .settings import Dtype, RerankSettings
@@ -31,9 +30,13 @@ if TYPE_CHECKING:
 
     from typing_extensions import Self
 
-    from .core.engine import Engine
     from .core.families import Family
     from .cross_encoder import ScorerCrossEncoder
+
+_CURES = {
+    "truncate": "long_passages='split' scores them whole",
+    "split": "a smaller query_max_length leaves them room",  # all others were split
+}
 
 logger = logging.getLogger("bge_rerank_plugins")
 
@@ -356,16 +359,12 @@ class Scorer:
     def _scored_chunks(
         self, requests: Iterable[tuple[str, Sequence[str]]], pairs: float, cutoff_layers: tuple[int, ...] = ()
     ) -> Iterator[list[Any]]:
-        """Raw scores chunk by chunk, in order. Tokenising runs ahead of the device, by a bounded number of pairs."""
+        """Raw scores chunk by chunk, in order."""
         engine, family = self._lease.loaded()
-        call = self._call(engine, family, pairs, cutoff_layers)
+        split = self._settings.long_passages == "split"
+        call = Call(engine, family, pairs, split=split, cutoff_layers=cutoff_layers)
         try:
-            for query, chunk in chunks_of(requests):
-                call.submit(call.encode(query, chunk))
-                while call.is_far_ahead:
-                    yield call.oldest()
-            while call.pending:
-                yield call.oldest()
+            yield from call.scored(requests)
         finally:
             self._end(call, family)
 
@@ -374,31 +373,18 @@ class Scorer:
     ) -> AsyncIterator[list[Any]]:
         """`_scored_chunks` without blocking the event loop."""
         engine, family = await self._lease.aloaded()
-        call = self._call(engine, family, pairs)
-        turns = self._lease.turns(engine)
+        call = Call(engine, family, pairs, split=self._settings.long_passages == "split")
         try:
-            for query, chunk in chunks_of(requests):
-                await call.asubmit(await turns.run(partial(call.encode, query, chunk)))
-                while call.is_far_ahead:
-                    yield await call.aoldest()
-            while call.pending:
-                yield await call.aoldest()
+            async for chunk in call.ascored(requests, self._lease.turns(engine)):
+                yield chunk
         finally:
             self._end(call, family)
-
-    def _call(self, engine: Engine, family: Family, pairs: float, cutoff_layers: tuple[int, ...] = ()) -> Call:
-        split = self._settings.long_passages == "split"
-        return Call(engine, family, pairs, split=split, cutoff_layers=cutoff_layers)
 
     def _end(self, call: Call, family: Family) -> None:
         """Drops what a call that broke off left, and says once per scorer if passages were cut."""
         call.cancel()
         if call.truncated and not self._warned:
             self._warned = True
-            splits = self._settings.long_passages == "split"  # all but what the query leaves no room
-            cure = (
-                "a smaller query_max_length leaves them room" if splits else "long_passages='split' scores them whole"
-            )
             with asking():  # a worker may have something to log, too
                 logger.warning(
                     "%s: passages were cut to fit max_length=%d tokens together with the query, %d in this call; "
@@ -406,7 +392,7 @@ class Scorer:
                     self._settings.model,
                     family.max_length,
                     call.truncated,
-                    cure,
+                    _CURES[self._settings.long_passages],
                 )
 
     def _normalized(self, scores: list[float]) -> list[float]:
