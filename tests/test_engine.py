@@ -6,7 +6,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
-from concurrent.futures import CancelledError
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from itertools import pairwise
 from typing import Any
 
@@ -20,12 +20,13 @@ from bge_rerank_plugins.core import engine as engine_module
 from bge_rerank_plugins.core import layerwise, worker
 from bge_rerank_plugins.core.device import available_devices, choose_device, choose_precision, release_cached_memory
 from bge_rerank_plugins.core.engine import EngineClosedError
-from bge_rerank_plugins.core.outcome import give_error, give_score
+from bge_rerank_plugins.core.outcome import give, recorded
 from bge_rerank_plugins.core.packing import Pack
 from bge_rerank_plugins.core.prefixes import Prefixes
 from bge_rerank_plugins.core.room import Room
 from bge_rerank_plugins.core.schedule import Job, Pair, Request, Schedule
 from bge_rerank_plugins.core.sequences import TokenSequence
+from bge_rerank_plugins.core.stats import EngineStats
 from bge_rerank_plugins.core.worker import (
     SMALLEST_BUDGET,
     Pending,
@@ -203,13 +204,56 @@ def test_closing_while_several_devices_load_leaves_nobody_waiting(monkeypatch: p
     scorer.close()
 
 
+@pytest.mark.parametrize("of", ["waits", "enters", "is scored", "loads"])
+def test_an_engine_goes_on_while_somebody_holds_the_lock_of_a_future(of: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """asyncio holds one for a moment; a signal's handler that closed just then waited for ever for a worker that wanted it."""
+    held, gate, init = threading.Event(), threading.Event(), Worker.__init__
+
+    def at_the_gate(do: Callable[[], Any]) -> Any:
+        held.set()
+        assert gate.wait(30)
+        return do()
+
+    if of == "loads":
+        monkeypatch.setattr(Worker, "__init__", lambda *arguments: at_the_gate(lambda: init(*arguments)))
+    other_thread = ThreadPoolExecutor(1)
+    with Scorer(MODEL, max_batch_tokens=256, max_queued_tokens=50) as scorer:
+        engine = scorer._lease.acquired()
+
+        def stats() -> EngineStats:
+            """By another thread, which is held up where a worker keeps the engine's lock while it waits for a future's."""
+            return other_thread.submit(engine.stats).result(timeout=30)
+
+        if of == "loads":
+            future, has_come = engine.loaded, lambda: not engine.loads
+        else:
+            _, family = scorer._lease.loaded()
+            inject(scorer, lambda pack, forward: at_the_gate(lambda: forward(pack)))
+            long = family.encode("a", ["panda " * 40])
+            first = engine.submit(long, engine.open_job(1))
+            assert held.wait(30)
+            second, third = (engine.submit(long, engine.open_job(1)) for _ in range(2))
+            future, has_come = {
+                "waits": (second.future, lambda: stats().queued_tokens),
+                "enters": (third.entered, lambda: not engine._room._outside),
+                "is scored": (first.future, lambda: stats().pairs),
+            }[of]
+        with future._condition:
+            gate.set()
+            while not has_come():
+                time.sleep(0.001)
+            assert stats()
+        assert future.exception(timeout=30) is None
+    other_thread.shutdown()
+
+
 def test_a_request_that_two_threads_end_at_once_is_ended_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """Between the look whether it is finished and the telling, another device's thread told it: that killed the engine."""
+    monkeypatch.setattr(Request, "finished", property(lambda _: False, lambda *_: None))
     request = Request([TokenSequence([1])], Job(1))
-    monkeypatch.setattr(Request, "finished", False)
-    give_error(request, ValueError("first"))
-    give_error(request, ValueError("second"))
-    give_score(Pair(request, 0), 1.0, torch.float32)
+    give(request, ValueError("first"))
+    give(request, ValueError("second"))
+    give(request, recorded(Pair(request, 0), 1.0, torch.float32))
     assert str(request.future.exception()) == "first"
 
 

@@ -19,12 +19,13 @@ import time
 import traceback
 import weakref
 from collections import deque
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from .device import asked_devices, is_out_of_memory, release_cached_memory
-from .outcome import caused_by, give_error, give_error_to_all, give_score
+from .outcome import caused_by, give, give_error_to_all, recorded
 from .prefixes import Prefixes
 from .room import Room
 from .schedule import Job, Pair, Request, Schedule
@@ -166,6 +167,7 @@ class Engine:
                 )
             self._stats.truncated += sum(sequence.truncated for sequence in sequences)
             self._changed.notify_all()
+        self._room.announce()
         return request
 
     def close(self, *, wait: bool = True) -> None:
@@ -176,6 +178,7 @@ class Engine:
             self._closed = True
             waiting = self._drain()
             self._changed.notify_all()
+        self._room.announce()
         if not self._exiting:
             self._refuse(waiting)
         self.tokenizer_thread.shutdown(wait=False, cancel_futures=True)
@@ -231,22 +234,27 @@ class Engine:
         with self._changed:
             self._families[index] = family
             first = self._families[0]
-            if first is not None and all(self._families) and not self.loaded.done():
-                self.loads = False
-                self.loaded.set_result(first)
+            if first is None or not all(self._families):
+                return
+            self.loads = False
+        with suppress(InvalidStateError):  # another device's thread has died, or was closed
+            self.loaded.set_result(first)
 
     def _forget(self, index: int) -> None:
         """Drops the references to a worker's model, so that its memory is free."""
-        closed = EngineClosedError("the scorer is closed")
         with self._changed:
             self.loads = False
             self._families[index] = None
-            if not self.loaded.done():  # other devices load yet, and nobody is to wait for them
-                self.loaded.set_exception(closed)
-            elif self.loaded.exception() is None:
-                self.loaded = Future()
-                self.loaded.set_exception(closed)
+        self._lose_family(EngineClosedError("the scorer is closed") if self._failure is None else self._failure)
         release_cached_memory()
+
+    def _lose_family(self, error: BaseException) -> None:
+        """Tells those who wait for one, also while other devices load yet, and forgets the one that there was."""
+        none: Future[Family] = Future()
+        none.set_exception(error)
+        loaded, self.loaded = self.loaded, none
+        with suppress(InvalidStateError):
+            loaded.set_exception(error)
 
     def _run(self, worker: Worker) -> None:
         """Scores packs until the engine is closed.
@@ -271,23 +279,23 @@ class Engine:
 
     def _next_pack(self, worker: Worker, flight: _Flight | None) -> list[Pair]:
         """The next pack, waited for. Empty when the engine is closed, or when nothing has come until `flight` has landed."""
-        with self._changed:
-            while not self._closed and self._failure is None:
+        while True:
+            with self._changed:
+                if not self.usable:
+                    return []
                 # Requests are cancelled without the lock: what there is to do is known from having taken it only.
                 pairs = self._schedule.take(worker.budget, worker.kept)
-                entered = self._room.let_in()
-                if entered:
+                is_due = bool(pairs) or (flight is not None and flight.pending.landed)
+                if self._room.let_in():
                     self._changed.notify_all()  # other workers may have found nothing
-                if pairs or (flight is not None and flight.pending.landed):
-                    return pairs
-                if entered:
-                    continue
-                if flight is None:
+                elif not is_due and flight is None:
                     worker.kept = Prefixes()  # of requests that were cancelled
                     self._changed.wait()
-                else:
+                elif not is_due:
                     self._changed.wait(LANDING_CHECKS)
-            return []
+            self._room.announce()
+            if is_due:
+                return pairs
 
     def _start(self, worker: Worker, pairs: list[Pair], *, alone: bool) -> _Flight | None:
         """Has the worker's device compute a pack, `alone` on it or beside another one.
@@ -321,7 +329,7 @@ class Engine:
             worker.shrink(tokens)
         elif alone:
             message = f"one pair of {len(pairs[0].sequence)} tokens does not fit; lower max_length"
-            give_error(pairs[0].request, caused_by(error, f"out of memory on {worker.device}: {message}"))
+            give(pairs[0].request, caused_by(error, f"out of memory on {worker.device}: {message}"))
             return
         with self._changed:
             if self.usable:
@@ -343,17 +351,19 @@ class Engine:
                 fill=flight.tokens / worker.budget,
                 seconds=now - max(flight.start, worker.last_finish),
             )
-            for pair, score in zip(flight.pairs, scores, strict=True):
-                give_score(pair, score, worker.precision.dtype)
+            dtype = worker.precision.dtype
+            outcomes = [recorded(pair, score, dtype) for pair, score in zip(flight.pairs, scores, strict=True)]
+        for pair, outcome in zip(flight.pairs, outcomes, strict=True):
+            give(pair.request, outcome)
         worker.last_finish = now
 
     def _die(self, error: BaseException) -> None:
         with self._changed:
             self._failure = error
             waiting = self._drain()
-            if not self.loaded.done():
-                self.loaded.set_exception(error)
             self._changed.notify_all()
+        self._room.announce()
+        self._lose_family(error)
         self._refuse(waiting)
 
     def _refuse(self, requests: Iterable[Request]) -> None:
@@ -361,9 +371,9 @@ class Engine:
         error = self._failure
         for request in requests:
             if error is None:
-                give_error(request, EngineClosedError("the scorer was closed before this request was scored"))
+                give(request, EngineClosedError("the scorer was closed before this request was scored"))
             else:
-                give_error(request, caused_by(error, f"the scoring thread has died: {error!r}"))
+                give(request, caused_by(error, f"the scoring thread has died: {error!r}"))
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,13 @@
 """Room in a bounded queue, given in the order of asking, so that small requests do not pass a large one for ever.
 
-A request that finds none waits here, and enters by itself when there is some: whoever made it may be busy, or gone.
+A request that finds none waits here, and enters by itself when there is some: whoever made it may be busy, or gone. Those who
+wait are told by `announce`, which is not for the owner of the lock: each has a lock of its own.
 """
 
 from __future__ import annotations
 
 from collections import deque
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -24,6 +26,7 @@ class Room:
         self._bound = bound
         self._queue = queue
         self._outside: deque[Request] = deque()
+        self._untold: deque[Request] = deque()
 
     def enter(self, request: Request, *, may_wait: bool) -> bool:
         """Puts a request into the queue, or has it wait for room behind those that came before it.
@@ -55,9 +58,14 @@ class Room:
     def drain(self) -> list[Request]:
         """Sends away who waits; the requests that did."""
         outside, self._outside = list(self._outside), deque()
-        for request in outside:
-            request.has_entered()  # there is nothing more to wait for
+        self._untold.extend(outside)  # there is nothing more to wait for
         return outside
+
+    def announce(self) -> None:
+        """Tells those who have entered, or were sent away. To be called without the lock, by any thread."""
+        while self._untold:
+            with suppress(IndexError):  # another thread tells the last one
+                self._untold.popleft().has_entered()
 
     def _has_room_for(self, request: Request) -> bool:
         """Where nothing waits there is room for any request."""
@@ -68,4 +76,4 @@ class Room:
 
     def _add(self, request: Request) -> None:
         self._queue.add(request)
-        request.has_entered()
+        self._untold.append(request)

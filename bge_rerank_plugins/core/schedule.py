@@ -8,10 +8,12 @@ it is the shortest: at most three packs' time more than alone, for any n up to 7
 """
 
 import itertools
+import weakref
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 from .sequences import TokenSequence
@@ -49,6 +51,8 @@ class Request:
         unscored: How many scores are still missing.
         tokens_left: Tokens of the pairs that have not been handed out.
         arrival: Position in the order of arrival.
+        finished: Whether nobody waits for this request any more: it has its scores, failed or was cancelled. Known without the
+            future's lock, which whoever guards the queue must not wait for.
     """
 
     sequences: Sequence[TokenSequence]
@@ -61,16 +65,13 @@ class Request:
     unscored: int = field(init=False)
     tokens_left: int = field(init=False)
     arrival: int = field(default_factory=lambda: next(_arrivals), init=False)
+    finished: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
         self.scores = [None] * len(self.sequences)
         self.unscored = len(self.sequences)
         self.tokens_left = sum(map(len, self.sequences))
-
-    @property
-    def finished(self) -> bool:
-        """Whether nobody waits for this request any more: it has its scores, failed or was cancelled."""
-        return self.future.done()
+        self.future.add_done_callback(partial(_finish, weakref.ref(self)))
 
     def has_entered(self) -> None:
         """Resolves `entered`, if it is not resolved: closing may be broken into by a signal's handler that closes, too."""
@@ -79,6 +80,11 @@ class Request:
         with suppress(RuntimeError, InvalidStateError):
             if self.entered.set_running_or_notify_cancel():
                 self.entered.set_result(None)
+
+
+def _finish(request: "weakref.ref[Request]", _: "Future[list[Any]]") -> None:
+    if (found := request()) is not None:
+        found.finished = True
 
 
 class Pair(NamedTuple):
