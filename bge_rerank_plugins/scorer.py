@@ -244,7 +244,7 @@ class Scorer:
         """Scores any number of (query, passage) pairs in bounded memory.
 
         Pairs are drawn from the iterator, and tokenised, some thousands ahead of the scores that are yielded. Scores of the
-        pairs before one that is no pair of strings are yielded before the error is raised.
+        pairs before one that is no pair of strings, or at which the iterator fails, are yielded before the error is raised.
 
         Args:
             pairs: The pairs; those that follow each other with the same query are scored together.
@@ -252,12 +252,12 @@ class Scorer:
         Yields:
             One score per pair, in their order.
         """
-        refused: list[ValueError] = []
+        refused: list[Exception] = []
 
         def requests() -> Iterator[tuple[str, Sequence[str]]]:
             try:
                 yield from stream_of_requests(pairs, ENCODE_AT_ONCE)
-            except ValueError as error:
+            except Exception as error:  # whatever the caller's iterator raises
                 refused.append(error)
 
         waiting = requests()

@@ -89,28 +89,32 @@ def requests_of_pairs(pairs: Iterable[tuple[str, str]]) -> list[tuple[str, list[
 def stream_of_requests(pairs: Iterable[tuple[str, str]], longest: int | None = None) -> Iterator[tuple[str, list[str]]]:
     """`requests_of_pairs` for any number of pairs: requests of at most `longest` passages, as they come.
 
-    The request before a pair that is refused is yielded before the error is raised.
+    The request before a pair that is refused, or that fails to come, is yielded before the error is raised.
     """
     if not isinstance(pairs, Iterable):
         raise ValueError(f"pairs={_shown(pairs)}: expected a list of (query, passage)")
     query, passages = "", list[str]()
-    for index, pair in enumerate(pairs):
-        try:
-            if isinstance(pair, str) or not isinstance(pair, Sequence) or len(pair) != 2:
-                raise ValueError(f"pairs[{index}]={_shown(pair)}: expected (query, passage)")
-            check_text(pair[0], f"pairs[{index}][0]")
-            check_text(pair[1], f"pairs[{index}][1]")
-        except ValueError:
-            if passages:
+    try:
+        for index, pair in enumerate(pairs):
+            _check_pair(pair, index)
+            if passages and (pair[0] != query or len(passages) == longest):
                 yield query, passages
-            raise
-        if passages and (pair[0] != query or len(passages) == longest):
+                passages = []
+            query = pair[0]
+            passages.append(pair[1])
+    except Exception:
+        if passages:
             yield query, passages
-            passages = []
-        query = pair[0]
-        passages.append(pair[1])
+        raise
     if passages:
         yield query, passages
+
+
+def _check_pair(pair: object, index: int) -> None:
+    if isinstance(pair, str) or not isinstance(pair, Sequence) or len(pair) != 2:
+        raise ValueError(f"pairs[{index}]={_shown(pair)}: expected (query, passage)")
+    check_text(pair[0], f"pairs[{index}][0]")
+    check_text(pair[1], f"pairs[{index}][1]")
 
 
 def check_text(value: object, name: str) -> None:

@@ -156,6 +156,23 @@ def test_a_stream_yields_what_comes_before_a_bad_pair(scorer: Scorer) -> None:
     assert got == pytest.approx(scorer.score_pairs([("a", "x"), ("a", "y"), ("b", "x")]), abs=1e-5)
 
 
+@pytest.mark.parametrize("before", [0, 3, 40])
+def test_a_stream_yields_what_came_before_its_iterator_failed(scorer: Scorer, before: int) -> None:
+    """Up to two thousand pairs were drawn, and their scores lost."""
+    lost = ConnectionError("the other side is gone")
+
+    def pairs() -> Iterator[tuple[str, str]]:
+        for number in range(before):
+            yield "a", f"passage {number}"
+        raise lost
+
+    got: list[float] = []
+    with pytest.raises(ConnectionError) as caught:
+        got.extend(scorer.score_stream(pairs()))
+    assert caught.value is lost
+    assert got == pytest.approx(scorer.score("a", [f"passage {number}" for number in range(before)]), abs=1e-5)
+
+
 def test_a_stream_that_is_left_cancels_what_it_queued(scorer: Scorer) -> None:
     stream = scorer.score_stream(("a", "panda " * 300) for _ in itertools.count())
     next(stream)
