@@ -73,6 +73,7 @@ def show_load(model: str, device: str | None, dtype: Dtype, count: int, runs: in
                 f"{alone / together:.2f} x",
                 f"{1000 * stall:.0f} ms",
             )
+    gc.unfreeze()
     Console().print(table)
 
 
