@@ -12,6 +12,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validat
 
 Dtype: TypeAlias = Literal["auto", "fast", "float32", "bfloat16", "float16", "int8"]
 
+EMBEDDED = ("embedded", "embedded-decoder", "embedded-layerwise")
+"""Names of the demo models, also where directories are called so."""
+
 DEVICE_KINDS = ("cpu", "cuda", "mps", "xpu", "npu", "hpu")
 
 
@@ -152,7 +155,11 @@ class RerankSettings(Settings):
     @classmethod
     def _path_is_text_in_full(cls, value: object) -> object:
         path = os.fspath(value) if isinstance(value, os.PathLike) else value
-        return os.path.expanduser(path) if isinstance(path, str) else path
+        if not isinstance(path, str) or path in EMBEDDED:
+            return path
+        path = os.path.expanduser(path)
+        # A relative one would be another one after a change of directory, and the model is loaded later.
+        return os.path.abspath(path) if os.path.isdir(path) else path
 
     @field_validator("max_length", "query_max_length")
     @classmethod

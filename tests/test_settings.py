@@ -13,6 +13,8 @@ from pydantic import ValidationError
 from bge_rerank_plugins import RerankSettings, Scorer
 from bge_rerank_plugins.evaluation.settings import EvaluationSettings
 from bge_rerank_plugins.finetune import FinetuneSettings, MineSettings
+from bge_rerank_plugins.models import EMBEDDED_LLMS
+from bge_rerank_plugins.settings import EMBEDDED
 
 
 def test_the_scorer_takes_every_option_with_its_default() -> None:
@@ -66,6 +68,33 @@ def test_a_path_in_the_home_directory_is_written_in_full(tmp_path: Path, monkeyp
     ]
     with Scorer("~/model") as scorer:
         assert len(scorer.score("a", ["b"])) == 1
+
+
+def test_a_directory_is_the_one_that_its_name_meant_when_it_was_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a change of directory another checkpoint was loaded under the same name, or one that was loaded served for it."""
+    for place in ("first", "second"):
+        shutil.copytree(DATA / "encoder", tmp_path / place / "model")
+    shutil.copytree(DATA / "encoder", tmp_path / "second" / "embedded")
+    monkeypatch.chdir(tmp_path / "first")
+    names = ("model", Path("model"), "./model", str(tmp_path / "first" / "model"))
+    found = [RerankSettings(model=name, peft_path=name) for name in names]
+    assert {(each.model, each.peft_path) for each in found} == {(str(tmp_path / "first" / "model"),) * 2}
+    with Scorer("model") as lazy:
+        monkeypatch.chdir(tmp_path / "second")
+        with Scorer("model") as other:
+            assert lazy.settings.model == str(tmp_path / "first" / "model") != other.settings.model
+            shutil.rmtree("model")
+            assert len(lazy.score("a", ["b"])) == 1
+            with pytest.raises(ValueError, match="no such directory"):
+                other.score("a", ["b"])
+    for name in ("embedded", "BAAI/bge-reranker-base", "./is/not/there"):
+        assert RerankSettings(model=name).model == name
+
+
+def test_the_names_of_the_demo_models_are_known_here() -> None:
+    assert {*EMBEDDED} == {"embedded", *EMBEDDED_LLMS}
 
 
 def test_an_unknown_option_is_refused() -> None:
