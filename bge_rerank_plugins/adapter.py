@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import logging
 import math
 from collections.abc import Mapping, Sequence, Set, Sized
 from copy import copy
@@ -20,6 +21,8 @@ from .ranking import RankedPassage, check_cut, rank_scores
 from .scorer import Scorer
 from .settings import RerankSettings
 from .texts import checked_requests, checked_texts
+
+logger = logging.getLogger("bge_rerank_plugins")
 
 
 @runtime_checkable
@@ -125,7 +128,17 @@ class ScorerSettings(RerankSettings):
             raise ValueError("model='': name a model, or give a scorer")
         if scorer is not None and not _can_score(scorer):
             raise ValueError(f"scorer={scorer!r:.80}: expected an object with a method score(query, passages)")
+        if scorer is not None:
+            _warn_of_unused(info.data)
         return scorer
+
+    @field_validator("*")
+    @classmethod
+    def _option_is_used(cls, value: Any, info: ValidationInfo) -> Any:
+        # At construction the scorer comes later, and warns then.
+        if info.data.get("scorer") is not None:
+            _warn_of_unused({str(info.field_name): value})
+        return value
 
     @property
     def model_name(self) -> str:
@@ -151,6 +164,12 @@ class ScorerSettings(RerankSettings):
     def __copy__(self) -> Self:
         """A copy shares the loaded model, for as long as either is used; closing one leaves the other open."""
         copied = super().__copy__()
+        copied._hold = copy(self._hold)
+        return copied
+
+    def copy(self, **options: Any) -> Self:
+        """The older name of `model_copy` in pydantic; such a copy shares the loaded model in the same way."""
+        copied = super().copy(**options)  # type: ignore[deprecated,unused-ignore]
         copied._hold = copy(self._hold)
         return copied
 
@@ -222,6 +241,14 @@ class AdapterSettings(ScorerSettings):
         ]
 
 
+def _warn_of_unused(options: Mapping[str, Any]) -> None:
+    """Says which of these options, given beside a `scorer`, change nothing."""
+    fields = {name: field for name, field in RerankSettings.model_fields.items() if name != "model"}
+    unused = [name for name, value in options.items() if name in fields and value != fields[name].default]
+    if unused:
+        logger.warning("%s: for a local model alone, and not used where a scorer is given", ", ".join(unused))
+
+
 def _can_score(scorer: Any) -> bool:
     """Whether it has a method that takes a query and passages."""
     if isinstance(scorer, type) or not isinstance(scorer, SupportsScore):
@@ -249,8 +276,3 @@ def checked_scores(scores: Sequence[float], passages: Sequence[object]) -> list[
         if not math.isfinite(score):
             raise ValueError(f"the scorer's score of passage {index} is {score}")
     return checked
-
-
-def overrides(kind: type, method: str, adapter: type) -> bool:
-    """Whether a subclass of an adapter finds a method of its own, or of a class that it inherits from before the adapter."""
-    return next(each for each in kind.__mro__ if method in vars(each)) is not adapter

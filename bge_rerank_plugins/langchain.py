@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field
 from typing_extensions import TypedDict
 
-from .adapter import AdapterSettings, ScorerSettings, checked_scores, overrides
-from .texts import by_place, requests_of_pairs
+from .adapter import AdapterSettings, ScorerSettings, checked_scores
+from .overriding import overrides
+from .texts import by_place, in_order, requests_of_pairs
 
 try:
     from langchain_core.callbacks import AsyncCallbackManager, CallbackManager, Callbacks
@@ -309,8 +310,8 @@ def _inputs(documents: Sequence[Document], query: str) -> dict[str, Any]:
 
 def _listed(documents: Iterable[Any]) -> list[Any]:
     """The documents as a list, whatever they come in: they are gone through more than once."""
-    # Strings and documents are iterable, and neither is meant to be.
-    if isinstance(documents, (str, Document)) or not isinstance(documents, Iterable):
+    # A document is iterable, and not meant to be.
+    if isinstance(documents, Document) or not in_order(documents):
         raise ValueError(f"documents={documents!r:.80}: expected a list")
     return list(documents)
 

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, Field, field_validator, model_validator
 
-from .adapter import AdapterSettings, overrides
+from .adapter import AdapterSettings
+from .overriding import overrides
 from .texts import by_place
 
 try:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from .call import ENCODE_AT_ONCE, Call, progress_bar
 from .lease import Lease
+from .overriding import follow_score
 from .ranking import RankedPassage, check_cut, rank_scores, sigmoid
 from .settings import Dtype, RerankSettings
 from .signals import asking
@@ -59,9 +60,10 @@ class Scorer:
         [-8.1875, 5.26171875]
     """
 
-    _settings: RerankSettings
-    _lease: Lease
-    _warned: bool
+    def __init_subclass__(cls, **options: Any) -> None:
+        """A subclass that overrides `score` means all that scores passages of queries, but for what else it overrides."""
+        super().__init_subclass__(**options)
+        follow_score(cls, Scorer)
 
     def __init__(
         self,
@@ -318,11 +320,11 @@ class Scorer:
         return f"Scorer({self._settings!r})"
 
     def __getstate__(self) -> dict[str, Any]:
-        """Settings travel; a loaded model stays where it is."""
-        return {"settings": self._settings}
+        """Settings travel, and what a subclass has; a loaded model stays where it is."""
+        return {name: value for name, value in vars(self).items() if name not in ("_lease", "_warned")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self._settings = state["settings"]
+        vars(self).update(state)
         self._start()
 
     def _start(self) -> None:
@@ -333,8 +335,6 @@ class Scorer:
         _, family = self._lease.loaded()
         if family.layers is None:
             raise ValueError(f"cutoff_layers={cutoff_layers}: {self._settings.model!r} is no layerwise checkpoint")
-        if not cutoff_layers:
-            raise ValueError("cutoff_layers=[]: name at least one layer")
         from .core.layerwise import check_layers
 
         check_layers(cutoff_layers, family.layers)

@@ -1,6 +1,6 @@
 """Is it text? The checks on what is given to be scored, layers among it. Knows nothing of tokens or models."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, KeysView, Mapping, Sequence, Set
 from numbers import Integral
 from typing import Any, TypeVar
 
@@ -14,12 +14,19 @@ def checked_texts(query: str, passages: Iterable[str]) -> list[str]:
         ValueError: Something is not a string, or no valid Unicode; the message names it by its place.
     """
     check_text(query, "query")
-    if isinstance(passages, (str, bytes)) or not isinstance(passages, Iterable):
+    if not in_order(passages):
         raise ValueError(f"passages={_shown(passages)}: expected a list of strings")
     texts = list(passages)
     for index, text in enumerate(texts):
         check_text(text, f"passages[{index}]")
     return texts
+
+
+def in_order(texts: object) -> bool:
+    """Whether these are several, in an order: a dictionary has keys, a set no order, and a string is one."""
+    return isinstance(texts, Iterable) and (
+        isinstance(texts, KeysView) or not isinstance(texts, (str, bytes, Mapping, Set))
+    )
 
 
 def checked_layers(cutoff_layers: Iterable[int]) -> list[int]:

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from langchain_core.documents import Document
 from llama_index.core.schema import NodeWithScore, TextNode
+from pydantic import PydanticDeprecatedSince20
 
 from bge_rerank_plugins import Scorer, langchain, llama_index
 from bge_rerank_plugins.adapter import AdapterSettings
@@ -279,6 +280,37 @@ def test_copies_made_for_each_request_load_the_model_once(adapter, copied, monke
     assert reranked(base, PASSAGES)
     base.close()
     assert len(loads) == 1
+
+
+@ADAPTERS
+def test_a_copy_in_pydantics_old_way_shares_the_model_too(adapter):
+    """Its hold was the original's own: other options loaded the model at every call, and closing the copy closed the original."""
+    base = adapter(model=MODEL, top_n=None, max_batch_tokens=779)
+    with pytest.warns(PydanticDeprecatedSince20):
+        other = base.copy(update={"top_n": 2})
+    before = scores_in_order(base)
+    assert len(reranked(other, PASSAGES)) == 2
+    scorers = [each._active_scorer() for each in (base, other, base, other)]
+    assert scorers[:2] == scorers[2:]
+    other.close()
+    assert base._active_scorer() is scorers[0]
+    assert scores_in_order(base) == before
+    base.close()
+
+
+@ADAPTERS
+def test_options_that_a_given_scorer_does_not_heed_are_named(adapter, caplog):
+    reranker = adapter(scorer=NumberScorer(), model="name", top_n=2, score_threshold=0.0)
+    assert not caplog.records
+    adapter(scorer=NumberScorer(), normalize=True, max_length=64)
+    assert [record.getMessage() for record in caplog.records] == [
+        "max_length, normalize: for a local model alone, and not used where a scorer is given"
+    ]
+    caplog.clear()
+    reranker.cutoff_layer = 8
+    reranker.cutoff_layer = None
+    reranker.top_n = 1
+    assert [record.getMessage().partition(":")[0] for record in caplog.records] == ["cutoff_layer"]
 
 
 @ADAPTERS

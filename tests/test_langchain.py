@@ -504,6 +504,7 @@ def test_documents_may_come_from_a_generator(documents):
         ([([Document("a")],)], r"requests\[0\]: expected \(documents, query\)"),
         ([([Document("a")], None)], r"requests\[0\]: query=None"),
         ([(7, "q")], r"requests\[0\]: documents=7: expected a list"),
+        ([({"id": "text"}, "q")], r"requests\[0\]: documents={'id': 'text'}: expected a list"),
         (None, r"requests=None: expected a list of \(documents, query\)"),
     ],
 )

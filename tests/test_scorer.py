@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -93,6 +93,8 @@ def test_any_iterable_of_strings_will_do(scorer: Scorer) -> None:
         (b"a", ["a"], "query=b'a': expected a string, got bytes"),
         ("a", "not a list", "passages='not a list': expected a list of strings"),
         ("a", None, "passages=None: expected a list of strings"),
+        ("a", {"id": "text"}, "passages={'id': 'text'}: expected a list of strings"),
+        ("a", {"text"}, "passages={'text'}: expected a list of strings"),
         ("a", ["x", None], r"passages\[1\]=None: expected a string, got NoneType"),
         ("a", ["x", 1.5], r"passages\[1\]=1.5: expected a string, got float"),
         ("a", ["\ud800"], r"passages\[0\]='.ud800': not valid Unicode, surrogates not allowed at 0"),
@@ -117,6 +119,44 @@ def test_what_is_no_list_of_pairs_is_refused_by_name(scorer: Scorer, pairs: obje
     for score in (scorer.score_pairs, scorer.score_stream):
         with pytest.raises(ValueError, match=rf"pairs={pairs}: expected a list of \(query, passage\)"):
             list(score(pairs))  # type: ignore[operator]
+
+
+class Lengths(Scorer):
+    """A scorer of somebody's own, with a constructor of its own, too."""
+
+    def __init__(self, model: str, factor: float) -> None:
+        super().__init__(model)
+        self.factor = factor
+
+    def score(self, query: str, passages: Sequence[str]) -> list[float]:
+        return [self.factor * len(passage) for passage in passages]
+
+
+class OnlyTwo(Lengths):
+    """One that overrides something else, too."""
+
+    async def ascore(self, query: str, passages: Sequence[str]) -> list[float]:
+        return [2.0 for _ in passages]
+
+
+async def test_a_subclass_that_overrides_score_means_every_way_to_score(encoder_dir: str) -> None:
+    """Async forms, batches and pairs were scored by the model all the same, and an adapter ranked either way."""
+    scorer, expected = Lengths(encoder_dir, -1), [-float(len(passage)) for passage in PASSAGES]
+    pairs = [("panda", passage) for passage in PASSAGES]
+    assert scorer.score("panda", PASSAGES) == expected
+    assert await scorer.ascore("panda", PASSAGES) == expected
+    assert scorer.score_pairs(pairs) == list(scorer.score_stream(pairs)) == expected
+    assert scorer.score_batch([("panda", PASSAGES), ("a", [])]) == [expected, []]
+    assert await scorer.ascore_batch([("panda", PASSAGES)]) == [expected]
+    assert scorer.rank("panda", PASSAGES) == await scorer.arank("panda", PASSAGES)
+    other = OnlyTwo(encoder_dir, -1)
+    assert await other.ascore("panda", PASSAGES) == [2.0] * len(PASSAGES)
+    assert other.score_pairs(pairs) == expected
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda scorer: pickle.loads(pickle.dumps(scorer))])
+def test_copies_of_a_subclass_have_what_it_has(encoder_dir: str, copied: Callable[[Scorer], Scorer]) -> None:
+    assert copied(Lengths(encoder_dir, 3)).score("a", ["bcd"]) == [9]
 
 
 def test_normalize_is_the_sigmoid_of_the_raw_score(encoder_dir: str, scorer: Scorer) -> None:
