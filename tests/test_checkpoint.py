@@ -1,7 +1,11 @@
 """Checkpoints that cannot be used are refused with the reason; none is scored wrongly in silence."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
+import threading
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -9,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import DATA
+from hub import Hub, put_into_cache
 from transformers import PreTrainedTokenizerFast
 
 from bge_rerank_plugins import Scorer
@@ -40,6 +45,42 @@ def test_a_directory_that_is_not_there(tmp_path: Path) -> None:
 
 def test_a_hub_id_that_cannot_be_had_offline() -> None:
     assert "cannot be read" in refused("nobody/no-such-model")
+
+
+def test_what_may_only_be_here_is_not_asked_for_on_the_hub(encoder_dir: str, tmp_path: Path) -> None:
+    """Without a network transformers asked half a minute long for an adapter, and peft failed at asking for its weights."""
+    from transformers import AutoModelForSequenceClassification
+
+    torch.manual_seed(0)
+    model = AutoModelForSequenceClassification.from_pretrained(encoder_dir)
+    lora(model, tmp_path / "adapter", task_type="SEQ_CLS", target_modules=["query"])
+    put_into_cache(tmp_path / "cache", "some-org/model", Path(encoder_dir))
+    put_into_cache(tmp_path / "cache", "some-org/adapter", tmp_path / "adapter")
+    options = {"cache_dir": str(tmp_path / "cache"), "local_files_only": True, "peft_path": "some-org/adapter"}
+    code = f"from bge_rerank_plugins import Scorer\nprint(Scorer('some-org/model', **{options}).score('panda', ['a bear']))"
+    with Hub() as hub:
+        threading.Thread(target=hub.serve_forever, daemon=True).start()
+        environment = os.environ | hub.environment | {"HF_HOME": str(tmp_path / "home")}
+        ran = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+        hub.shutdown()
+
+    assert ran.returncode == 0, ran.stderr
+    assert [path for path, _ in hub.asked if "some-org" in path] == []
+    with Scorer(encoder_dir, peft_path=str(tmp_path / "adapter")) as scorer:
+        assert json.loads(ran.stdout) == pytest.approx(scorer.score("panda", ["a bear"]), abs=1e-5)
+
+
+@pytest.mark.parametrize("lacks", ["adapter_config.json", "adapter_model.safetensors"])
+def test_an_adapter_of_the_hub_that_is_not_here_whole_is_refused(lacks: str, encoder_dir: str, tmp_path: Path) -> None:
+    (tmp_path / "adapter").mkdir()
+    for name in {"adapter_config.json", "adapter_model.safetensors"} - {lacks}:
+        (tmp_path / "adapter" / name).write_text("{}")
+    put_into_cache(tmp_path / "cache", "some-org/adapter", tmp_path / "adapter")
+    options = {"cache_dir": str(tmp_path / "cache"), "local_files_only": True}
+    with pytest.raises(
+        ValueError, match=r"peft_path='some-org/adapter': no LoRA adapter .* no adapter_model.safetensors"
+    ):
+        Scorer(encoder_dir, peft_path="some-org/adapter", **options).score("a", ["b"])  # type: ignore[arg-type]
 
 
 def test_a_directory_without_a_config(tmp_path: Path) -> None:

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 UNFIT = (OSError, ValueError, RuntimeError, LookupError, AttributeError, TypeError, ArithmeticError, SafetensorError)
 """What transformers and peft raise of files that do not fit: more kinds than they write down."""
 
+ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+
 logger = logging.getLogger("bge_rerank_plugins")
 
 
@@ -75,7 +77,7 @@ class Checkpoint:
         )
 
     def hub_options(self, *, revision: bool = True) -> dict[str, Any]:
-        """Options of every look at the hub; the revision is the model's, and no adapter's."""
+        """Options of every look at the hub; the revision is the model's, and not the adapter's."""
         options: dict[str, Any] = {
             "cache_dir": self.cache_dir,
             "local_files_only": self.local_files_only,
@@ -83,14 +85,14 @@ class Checkpoint:
         }
         return options | ({"revision": self.revision} if revision and self.revision else {})
 
-    def file(self, name: str) -> Path | None:
-        """Local path of one file of the checkpoint, downloaded if need be; None if the checkpoint has no such file."""
+    def file(self, name: str, *, of_adapter: bool = False) -> Path | None:
+        """Local path of one file of the checkpoint, or of its adapter, downloaded if need be; None if there is no such file."""
         found = cached_file(
-            self.model,
+            str(self.peft_path) if of_adapter else self.model,
             name,
             _raise_exceptions_for_missing_entries=False,
             _raise_exceptions_for_connection_errors=False,
-            **self.hub_options(),
+            **self.hub_options(revision=not of_adapter),
         )
         return None if found is None else Path(found)
 
@@ -168,7 +170,7 @@ class Checkpoint:
         except ImportError as error:
             raise ImportError('peft_path needs peft: pip install "bge-rerank-plugins[peft]"') from error
         try:
-            config = PeftConfig.from_pretrained(self.peft_path, **self.hub_options(revision=False))
+            config = PeftConfig.from_pretrained(self.adapter_folder)
         except UNFIT as error:
             raise ValueError(f"peft_path={self.peft_path!r}: no LoRA adapter can be read there: {error}") from error
         if config.is_prompt_learning:
@@ -176,6 +178,20 @@ class Checkpoint:
                 f"peft_path={self.peft_path!r}: peft_type={config.peft_type.value!r} cannot be merged, as LoRA can"
             )
         return dict(config.to_dict())
+
+    @cached_property
+    def adapter_folder(self) -> str:
+        """Where the LoRA adapter's files are on this machine: peft would ask the hub for them also where it may not.
+
+        Raises:
+            OSError: There is no such adapter.
+        """
+        if Path(str(self.peft_path)).is_dir():
+            return str(self.peft_path)
+        config = self.file("adapter_config.json", of_adapter=True)
+        if config is None or not any(self.file(name, of_adapter=True) for name in ADAPTER_WEIGHTS):
+            raise FileNotFoundError(f"the hub and its cache have no adapter_config.json, or no {ADAPTER_WEIGHTS[0]}")
+        return str(config.parent)
 
     @cached_property
     def tokenizer_config(self) -> dict[str, Any]:

@@ -65,6 +65,8 @@ def load_model(
                 use_safetensors=True,
                 ignore_mismatched_sizes=True,  # reported, and refused below by name
                 output_loading_info=True,
+                # It looks once more for that adapter, and there knows nothing of the options that follow.
+                adapter_kwargs={"cache_dir": checkpoint.cache_dir, "local_files_only": checkpoint.local_files_only},
                 **checkpoint.hub_options(),
             )
     except UNFIT as error:
@@ -94,7 +96,7 @@ def _merge_adapter(checkpoint: Checkpoint, model: PreTrainedModel, peft_path: st
     names = _adapter_names(checkpoint)
     try:
         with alone_and_quiet(checkpoint.show_progress):
-            adapted = PeftModel.from_pretrained(model, peft_path, **checkpoint.hub_options(revision=False))
+            adapted = PeftModel.from_pretrained(model, checkpoint.adapter_folder)
             if any(part in name for name in names for part in ("lm_head", "embed_tokens")):
                 _untie(model)
             expected = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
@@ -117,7 +119,7 @@ def _adapter_names(checkpoint: Checkpoint) -> set[str]:
         return set()
     from peft.utils import load_peft_weights
 
-    return set(load_peft_weights(checkpoint.peft_path, device="cpu", **checkpoint.hub_options(revision=False)))
+    return set(load_peft_weights(checkpoint.adapter_folder, device="cpu"))
 
 
 def _untie(model: Any) -> None:
