@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 import tempfile
 import warnings
@@ -22,6 +23,8 @@ TOLERANCE = 1e-4
 
 LARGEST_FILE = 1_500_000_000
 """Bytes of weights beyond which they lie beside the graph: one file of ONNX holds 2 GB at most."""
+
+_LOST = "there is something already, which would be lost"
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 
@@ -43,7 +46,7 @@ def export_onnx(settings: RerankSettings, directory: Path, *, int8: bool = False
 
     Args:
         settings: The model; a LoRA adapter is merged.
-        directory: Where to; made if need be.
+        directory: Where to; made if need be. One that is there and empty is filled, and is empty again if the export fails.
         int8: Whether to write an int8 graph, too (dynamic quantisation, weights of 7 bits with a scale per channel).
 
     Returns:
@@ -53,19 +56,37 @@ def export_onnx(settings: RerankSettings, directory: Path, *, int8: bool = False
         ValueError: Not a cross-encoder, a directory that holds something, or scores that differ by more than `TOLERANCE`.
         ImportError: The extra `onnx-export` is not installed.
     """
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise ValueError(f"{directory}: there is something already, which would be lost")
+    is_there = os.path.lexists(directory)
+    if is_there and (not directory.is_dir() or any(directory.iterdir())):
+        raise ValueError(f"{directory}: {_LOST}")
     directory.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=directory.parent, prefix=".export-") as folder:
+    # Within a directory that is there, since it may be alone on its disk, or alone open to the user.
+    with tempfile.TemporaryDirectory(dir=directory if is_there else directory.parent, prefix=".export-") as folder:
         made = Path(folder) / "model"
         (made / "onnx").mkdir(parents=True)
         with _quiet():
             _write(settings, made)
         export = _check(settings, made, int8=int8)
-        if directory.exists():
-            directory.rmdir()
-        shutil.move(made, directory)
+        if is_there:
+            _move_into(directory, made)
+        else:
+            made.rename(directory)
     return export
+
+
+def _move_into(directory: Path, made: Path) -> None:
+    """Moves what was made, all of it or nothing, and over nothing that came there in the meantime."""
+    moved: list[Path] = []
+    try:
+        for file in sorted(made.iterdir()):
+            target = directory / file.name
+            if os.path.lexists(target):
+                raise ValueError(f"{target}: {_LOST}")
+            moved.append(file.rename(target))
+    except BaseException:
+        for target in moved:
+            target.rename(made / target.name)
+        raise
 
 
 @contextmanager
