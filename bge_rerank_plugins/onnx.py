@@ -15,6 +15,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from tokenizers import Tokenizer
+
 from .core.pairs import PairEncoder, layout_of
 from .core.sequences import TokenSequence, longest_pair
 from .core.words import Words
@@ -31,6 +33,15 @@ DEFAULT_BUDGET = {"cpu": 2048, "cuda": 32768}
 """Tokens of a batch, padding included, by kind of device."""
 
 GRAPH = "onnx/model.onnx"
+
+_TYPES = {
+    "model_type": str,
+    "max_position_embeddings": int,
+    "pad_token_id": int,
+    "type_vocab_size": int,
+    "vocab_size": int,
+}
+"""What is looked at in config.json."""
 
 
 class OnnxScorer:
@@ -236,23 +247,17 @@ def _batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
 def _load(settings: RerankSettings, file: str) -> _Graph:
     try:
         import onnxruntime
-        from tokenizers import Tokenizer
     except ImportError as error:
         raise ImportError('OnnxScorer needs ONNX Runtime: pip install "bge-rerank-plugins[onnx]"') from error
-    config = json.loads(_needed(settings, "config.json").read_bytes())
+    config = _config(settings)
     layout = layout_of(config.get("model_type"), settings.model, config.get("type_vocab_size"))
     pad = config.get("pad_token_id", 1 if layout.skips_padding else 0)  # the defaults of transformers' classes
     padding = int(pad or 0)
-    tokenizer = Tokenizer.from_file(str(_needed(settings, "tokenizer.json")))
-    side = (tokenizer.truncation or {}).get("direction", "right")  # as transformers has it where nothing else is said
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
+    tokenizer, side = _tokenizer(settings)
+    if config.get("max_position_embeddings") is None:
+        raise ValueError(f"model={settings.model!r}: its config.json names no max_position_embeddings")
     positions = config["max_position_embeddings"] - layout.first_position(pad, settings.model)
     max_length = longest_pair(settings.max_length, positions, settings.model)
-    said = _file(settings, "tokenizer_config.json")
-    side = side if said is None else json.loads(said.read_bytes()).get("truncation_side", side)
-    if side not in ("right", "left"):
-        raise ValueError(f"model={settings.model!r}: truncation_side={side!r}: expected 'right' or 'left'")
     words = Words(tokenizer, config.get("vocab_size"), settings.model)
     pairs = PairEncoder(words, layout, padding, settings, max_length, side)
     device, providers = _providers(settings.device, onnxruntime.get_available_providers())
@@ -267,6 +272,55 @@ def _load(settings: RerankSettings, file: str) -> _Graph:
     if len(shape) != 2 or shape[1] != 1:
         raise ValueError(f"model={settings.model!r}: {file} gives {shape}, a reranker one number for each pair")
     return _Graph(session, pairs, padding, settings.max_batch_tokens or DEFAULT_BUDGET[device])
+
+
+def _config(settings: RerankSettings) -> dict[str, Any]:
+    """config.json, with values of the types that are expected where it has those that are looked at.
+
+    Raises:
+        ValueError: It cannot be read or used.
+    """
+    config = _object(_needed(settings, "config.json"), settings.model)
+    for name, kind in _TYPES.items():
+        if not isinstance(value := config.get(name), kind | None):
+            raise ValueError(f"model={settings.model!r}: its config.json cannot be used: {name}={value!r}")
+    return config
+
+
+def _tokenizer(settings: RerankSettings) -> tuple[Tokenizer, str]:
+    """The tokenizer, its truncation and padding switched off, and the side on which it cuts a text that is too long.
+
+    Raises:
+        ValueError: Its files cannot be read or used.
+    """
+    file = _needed(settings, "tokenizer.json")
+    try:
+        tokenizer = Tokenizer.from_file(str(file))
+    except Exception as error:  # what the Rust tokenizer raises has no type of its own
+        raise ValueError(f"model={settings.model!r}: its tokenizer.json cannot be loaded: {error}") from error
+    side = (tokenizer.truncation or {}).get("direction", "right")  # as transformers has it where nothing else is said
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    said = _file(settings, "tokenizer_config.json")
+    side = side if said is None else _object(said, settings.model).get("truncation_side", side)
+    if side not in ("right", "left"):
+        raise ValueError(f"model={settings.model!r}: truncation_side={side!r}: expected 'right' or 'left'")
+    return tokenizer, side
+
+
+def _object(file: Path, model: str) -> dict[str, Any]:
+    """The object in a JSON file of a model.
+
+    Raises:
+        ValueError: There is none.
+    """
+    try:
+        found = json.loads(file.read_bytes())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"model={model!r}: its {file.name} cannot be read: {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"model={model!r}: its {file.name} is no object")
+    return found
 
 
 def _providers(device: str | list[str] | None, available: Sequence[str]) -> tuple[str, list[Any]]:

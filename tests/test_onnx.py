@@ -5,6 +5,7 @@ import copy
 import json
 import math
 import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -196,13 +197,35 @@ def test_weights_beside_the_graph_are_found(tmp_path: Path, monkeypatch: pytest.
         (lambda d: (d / "tokenizer.json").unlink(), "it has no tokenizer.json"),
         (lambda d: (d / GRAPH).write_bytes(b"no graph"), "onnx/model.onnx cannot be loaded"),
         (lambda d: (d / "config.json").write_text('{"model_type": "gemma"}'), "model_type='gemma' is not supported"),
+        (lambda d: (d / "config.json").write_text("{"), "its config.json cannot be read: Expecting"),
+        (lambda d: (d / "config.json").write_text("[]"), "its config.json is no object"),
+        (lambda d: configured(d, max_position_embeddings=None), "config.json names no max_position_embeddings"),
+        (
+            lambda d: configured(d, max_position_embeddings="x"),
+            "config.json cannot be used: max_position_embeddings='x'",
+        ),
+        (lambda d: configured(d, vocab_size="x"), "config.json cannot be used: vocab_size='x'"),
+        (lambda d: configured(d, model_type=[]), r"config.json cannot be used: model_type=\[\]"),
+        (lambda d: (d / "tokenizer.json").write_text("{"), "its tokenizer.json cannot be loaded: EOF while parsing"),
+        (lambda d: (d / "tokenizer_config.json").write_text("[]"), "its tokenizer_config.json is no object"),
+        (
+            lambda d: (d / "tokenizer_config.json").write_text("{"),
+            "its tokenizer_config.json cannot be read: Expecting",
+        ),
     ],
 )
 def test_a_model_that_cannot_be_run_says_why(change: object, message: str, exported: str, tmp_path: Path) -> None:
     shutil.copytree(exported, tmp_path / "broken")
     change(tmp_path / "broken")  # type: ignore[operator]
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=re.escape(f"model={str(tmp_path / 'broken')!r}: ") + ".*" + message):
         OnnxScorer(str(tmp_path / "broken")).score("a", ["b"])
+
+
+def configured(directory: Path, **values: object) -> None:
+    """Changes values in config.json; None takes one out."""
+    config = json.loads((directory / "config.json").read_text()) | values
+    left = {name: value for name, value in config.items() if name not in values or value is not None}
+    (directory / "config.json").write_text(json.dumps(left))
 
 
 def test_impossible_options_are_named(exported: str) -> None:
