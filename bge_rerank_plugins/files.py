@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import shutil
 import stat
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from hashlib import sha256
 from pathlib import Path
 from typing import BinaryIO
 
@@ -67,19 +69,29 @@ def whole(path: Path) -> Iterator[BinaryIO]:
     """A file that is written in one move: whoever looks sees the old content or the new, never half of it.
 
     What is no file on a disk, such as a pipe, stays what it is and gets the content as it comes; what a link leads to is written.
+    Who may read the old content may read the new, and nobody else.
     """
-    path = path.resolve()
-    if path.exists() and not path.is_file():
+    if _is_written_directly(path):
         with path.open("wb") as sink:
             yield sink
         return
-    part = path.with_name(f".{path.name}.part")
+    path = path.resolve()
+    # With the whole name in it, its name could be longer than a name may be.
+    digest = sha256(os.fsencode(path.name)).hexdigest()[:16]
+    part = path.with_name(f".{path.name[:32]}.{digest}.part")
     try:
         with part.open("wb") as sink:
+            if path.exists():
+                shutil.copymode(path, part)  # before there is anything to read
             yield sink
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def _is_written_directly(path: Path) -> bool:
+    """Whether there is something that is no file on a disk; a link such as /dev/stdout leads to a pipe, which has no path."""
+    return path.exists() and not path.resolve().is_file()
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -93,6 +105,10 @@ def check_writable(flag: str, path: str) -> None:
     parent = Path(path).resolve().parent
     if Path(path).is_dir():
         raise InputError(f"{flag} {path or '.'}: cannot be written, that is a directory")
+    if _is_written_directly(Path(path)):
+        if not os.access(path, os.W_OK):
+            raise InputError(f"{flag} {path}: cannot be written, it is read-only")
+        return
     if not parent.is_dir():
         raise InputError(f"{flag} {path}: cannot be written, there is no such directory as {parent}")
     if not os.access(parent, os.W_OK):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from bge_rerank_plugins.files import whole
+from bge_rerank_plugins.files import check_writable, whole
 from bge_rerank_plugins.jsonl import InputError
 from bge_rerank_plugins.pictures import check_picture, new_figure, save_picture
 
@@ -48,6 +48,52 @@ def test_a_picture_goes_through_a_pipe_and_leaves_it_there(tmp_path: Path) -> No
     reader.join(timeout=30)
     assert read[0].startswith(b"\x89PNG")
     assert stat.S_ISFIFO(pipe.stat().st_mode)
+
+
+def test_what_a_path_of_no_file_leads_to_is_written() -> None:
+    """/dev/stdout, and what a shell makes of >(...): the place that such a link names does not exist."""
+    reader, writer = os.pipe()
+    path = Path(f"/dev/fd/{writer}")
+    try:
+        if not path.exists():
+            pytest.skip("there are no such paths here")
+        check_writable("--output", str(path))
+        with whole(path) as sink:
+            sink.write(b"new")
+        assert os.read(reader, 9) == b"new"
+    finally:
+        os.close(reader)
+        os.close(writer)
+
+
+@pytest.mark.skipif(not Path(os.devnull).exists() or os.name == "nt", reason="needs /dev/null")
+def test_a_device_may_be_written_where_its_folder_may_not() -> None:
+    check_writable("--output", os.devnull)
+    with whole(Path(os.devnull)) as sink:
+        sink.write(b"new")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such modes")
+@pytest.mark.parametrize("mode", [0o600, 0o664])
+def test_who_may_read_a_file_stays_as_it_was(mode: int, tmp_path: Path) -> None:
+    """From the first byte on: the part that is written already is no more open than the file."""
+    path = tmp_path / "file"
+    path.write_text("old")
+    path.chmod(mode)
+    with whole(path) as sink:
+        sink.write(b"new")
+        assert {stat.S_IMODE(each.stat().st_mode) for each in tmp_path.iterdir()} == {mode}
+    assert path.read_text() == "new"
+    assert stat.S_IMODE(path.stat().st_mode) == mode
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows limits the whole path")
+@pytest.mark.parametrize("letter", ["x", "é"])
+def test_a_file_may_have_the_longest_name_there_is(letter: str, tmp_path: Path) -> None:
+    path = tmp_path / (letter * (254 // len(letter.encode())))
+    with whole(path) as sink:
+        sink.write(b"new")
+    assert [each.name for each in tmp_path.iterdir()] == [path.name]
 
 
 @pytest.mark.parametrize("name", ["picture.foo", "picture.pgf"])
