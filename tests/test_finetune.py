@@ -22,6 +22,7 @@ from bge_rerank_plugins.finetune import FinetuneSettings, finetune
 from bge_rerank_plugins.finetune.batches import Collator
 from bge_rerank_plugins.finetune.data import Group
 from bge_rerank_plugins.finetune.models import trainee_of
+from bge_rerank_plugins.finetune.trainer import newest_checkpoint
 
 FAMILIES = ("encoder", "decoder", "layerwise")
 PROMPT = "Yes or No?"
@@ -273,6 +274,30 @@ def test_a_run_is_not_resumed_with_other_settings_and_not_started_in_a_used_fold
     )
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == trained, "and goes no further"
     assert capsys.readouterr().out == said
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_a_damaged_checkpoint_is_named(lora: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data, out = write_lines(tmp_path / "train.jsonl", toy_lines(8, 0)), tmp_path / "out"
+    command = ["finetune", str(DATA / "encoder"), "--data", data, "--output-dir", str(out), "--train-group-size=4"]
+    command += ["--max-steps=2", "--lora" if lora else "--no-lora"]
+    assert main(command) == 0
+    weights = out / "checkpoint-2" / ("adapter_model.safetensors" if lora else "model.safetensors")
+    weights.write_bytes(weights.read_bytes()[:-100])
+    capsys.readouterr()
+
+    assert main([*command, "--resume"]) == 2
+
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"{weights.parent}: its weights cannot be loaded: Error while deserializing header" in line
+
+
+def test_only_what_is_named_as_a_checkpoint_is_resumed_from(tmp_path: Path) -> None:
+    """Copies that somebody keeps beside them, under other names, ended the run."""
+    for name in ("9", "10", "11.bak", "best", ""):
+        (tmp_path / f"checkpoint-{name}").mkdir()
+        (tmp_path / f"checkpoint-{name}" / "trainer_state.json").write_text("{}")
+    assert newest_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
 
 
 def test_the_same_seed_gives_the_same_run_and_another_one_another(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from ..core.checkpoint import UNFIT
 from ..core.prompt import Prompt
 from ..core.sequences import TokenSequence
 from ..core.tokenizer import load_tokenizer
@@ -212,14 +213,22 @@ class Trainee(nn.Module, ABC):
         return self.settings.merge or self.checkpoint.peft_path is not None
 
     def restore(self, folder: Path) -> None:
-        """Reads what `save` wrote."""
-        if self.uses_lora:
-            from peft import load_peft_weights, set_peft_model_state_dict
+        """Reads what `save` wrote.
 
-            set_peft_model_state_dict(self.network, load_peft_weights(str(folder), device="cpu"))
-            return
-        weights = {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
-        missing, unexpected = self.inner.load_state_dict(weights, strict=False)
+        Raises:
+            ValueError: It cannot be read, or is another model's.
+        """
+        try:
+            if self.uses_lora:
+                from peft import load_peft_weights, set_peft_model_state_dict
+
+                set_peft_model_state_dict(self.network, load_peft_weights(str(folder), device="cpu"))
+                return
+            files = folder.glob("*.safetensors")
+            weights = {name: tensor for path in files for name, tensor in load_file(path).items()}
+            missing, unexpected = self.inner.load_state_dict(weights, strict=False)
+        except UNFIT as error:
+            raise ValueError(f"{folder}: its weights cannot be loaded: {error}") from error
         tied = set(getattr(self.inner, "_tied_weights_keys", None) or ())
         if unexpected or set(missing) - tied:
             raise ValueError(f"{folder}: its weights are not those of {self.settings.model!r}")

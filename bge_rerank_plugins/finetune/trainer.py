@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -207,8 +208,9 @@ def write_log(history: Sequence[dict[str, float]], path: Path) -> None:
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint of a run that was written to its end; a kill may leave one that was not."""
-    whole = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json") if _is_json(path)]
+    """The newest checkpoint of a run that was written to its end; a kill may leave one that was not, a user one renamed."""
+    states = folder.glob("checkpoint-*/trainer_state.json")
+    whole = [path.parent for path in states if re.fullmatch(r"checkpoint-\d+", path.parent.name) and _is_json(path)]
     return max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
 
 
