@@ -6,11 +6,13 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 from conftest import DATA
+from hub import Hub, put_into_cache
 
 from bge_rerank_plugins.cli import main
 
@@ -127,6 +129,26 @@ def test_an_encoder_can_find_the_candidates(folder: Path, capsys: pytest.Capture
     assert "words: 2 queries, 132 passages; model found 6 candidates." in capsys.readouterr().out
 
 
+def test_an_encoder_comes_from_where_the_options_say(folder: Path, tmp_path: Path) -> None:
+    """It was looked for on the hub also with `--local-files-only`, in another cache and without the token."""
+    from bge_rerank_plugins.models import embedded_base
+
+    put_into_cache(tmp_path / "cache", "some-org/mini", embedded_base())
+    arguments = ["eval", str(folder), "--models", ENCODER, "--first-stage", "some-org/mini", "--sample", "2"]
+    local = [*arguments, "--cache-dir", str(tmp_path / "cache"), "--local-files-only", "--token", "first"]
+    code = (
+        f"from bge_rerank_plugins.cli import main\nassert main({local}) == 0\nmain({[*arguments, '--token', 'second']})"
+    )
+    with Hub() as hub:
+        threading.Thread(target=hub.serve_forever, daemon=True).start()
+        environment = os.environ | hub.environment | {"HF_HOME": str(tmp_path / "home")}
+        ran = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+        hub.shutdown()
+
+    assert "mini found 200 candidates." in ran.stdout, ran.stderr
+    assert {token for path, token in hub.asked if "some-org" in path} == {"Bearer second"}, hub.asked
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -192,6 +214,7 @@ def test_an_output_without_matplotlib_is_refused_first(
         ),
         (["FOLDER", "--top-k", "0"], "top_k=0: Input should be greater"),
         (["FOLDER", "--first-stage", "/nowhere"], "first_stage='/nowhere': not 'bm25', and no encoder can be loaded"),
+        (["FOLDER", "--first-stage", ""], "first_stage='': String should have at least 1 character"),
         (["FOLDER", "--plot", "/nowhere/plot.png"], "--plot /nowhere/plot.png: cannot be written"),
         (["FOLDER", "--plot", "plot.foo"], "--plot plot.foo: .foo is none of"),
         (["FOLDER", "--output", ""], "--output '': that is no directory"),
@@ -269,6 +292,39 @@ def test_a_first_stage_and_a_reranker_of_one_name_are_told_apart(
     assert main(["eval", str(folder), "--run", str(run), "--models", ENCODER]) == 0
 
     assert f"{run} found 1 candidates" in capsys.readouterr().out
+
+
+def test_a_reranker_may_be_called_like_the_first_stage(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was "named twice"."""
+    shutil.copytree(ENCODER, tmp_path / "BM25")
+    monkeypatch.chdir(tmp_path)
+
+    for place in (str(tmp_path / "BM25"), "BM25"):
+        assert main(["eval", str(folder), "--models", place, "--top-k", "2", "--output", "out"]) == 0
+
+        lines = capsys.readouterr().out.splitlines()
+        assert "first stage BM25 found 24 candidates." in lines[0]
+        assert [re.split(r" {2,}", line)[0] for line in lines[2:4]] == ["first stage BM25", "BM25"]
+    assert sorted(path.name for path in Path("out", "runs").iterdir()) == ["BM25.trec", "first-stage-BM25.trec"]
+
+
+@pytest.mark.parametrize("place", [".", "..", "../model"])
+def test_a_directory_is_called_by_its_own_name(
+    place: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That of "." was empty, and so was a column of the run."""
+    shutil.copytree(ENCODER, tmp_path / "model")
+    (tmp_path / "model" / "inner").mkdir()
+    monkeypatch.chdir(tmp_path / "model" / ("inner" if place == ".." else ""))
+    output = tmp_path / "out"
+
+    assert main(["eval", str(folder), "--models", place, "--top-k", "2", "--output", str(output)]) == 0
+
+    assert re.search(r"^model +\d", capsys.readouterr().out, re.MULTILINE)
+    lines = (output / "runs" / "model.trec").read_text().splitlines()
+    assert {len(line.split()) for line in lines} == {6}
 
 
 def test_help_needs_neither_torch_nor_what_measures() -> None:

@@ -17,12 +17,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from ir_measures import AP, RR, Judged, R, Success, nDCG
 
-from bge_rerank_plugins import Scorer
+from bge_rerank_plugins import RerankSettings, Scorer
 from bge_rerank_plugins.evaluation import JudgedSet, bm25_run, encoder_run, evaluate
 from bge_rerank_plugins.evaluation import report as report_module
-from bge_rerank_plugins.evaluation.measures import measure, p_value, parse_measures, trec_scores
+from bge_rerank_plugins.evaluation.command import first_stage
+from bge_rerank_plugins.evaluation.measures import (
+    measure,
+    p_value,
+    parse_measures,
+    recall_of_candidates,
+    trec_scores,
+)
 from bge_rerank_plugins.evaluation.report import WIDTH, notes, plot, table
-from bge_rerank_plugins.evaluation.settings import MEASURES
+from bge_rerank_plugins.evaluation.settings import MEASURES, EvaluationSettings
 from bge_rerank_plugins.jsonl import InputError
 from bge_rerank_plugins.models import embedded_base
 
@@ -229,6 +236,15 @@ def test_an_encoder_finds_by_meaning() -> None:
     assert len(encoder_run(data, str(embedded_base()), None, prompt="query: ")["q"]) == 3
 
 
+@pytest.mark.parametrize("device", ["meta", ["meta", "cpu"]])
+def test_an_encoder_runs_on_the_first_device_that_is_named(device: str | list[str]) -> None:
+    """On torch's "meta", where nothing can be computed: it ran where sentence-transformers liked."""
+    settings = RerankSettings(model="m").model_copy(update={"device": device})
+
+    with pytest.raises(RuntimeError, match="meta"):
+        first_stage(THREE, EvaluationSettings(data="d", first_stage=str(embedded_base())), settings)
+
+
 # What is kept
 
 
@@ -399,6 +415,17 @@ def test_the_table_fits_80_columns_and_says_what_is_unsure() -> None:
     assert shown[0] == "The candidates hold 66.7% of the relevant passages; reranking cannot find more."
     assert f"b against {long}: -0." in " ".join(shown) or f"{long} against b: -0." in " ".join(shown)
     assert max(map(len, shown)) <= WIDTH
+
+
+def test_queries_without_a_relevant_passage_take_nothing_from_what_the_candidates_hold() -> None:
+    """They counted as if their passages had not been found: 66.7% where all were."""
+    data = replace(THREE, qrels={"q1": {"a": 1}, "q2": {"b": 2, "c": 1}, "q3": {"d": 0}})
+
+    shown = notes(evaluate(data, FOUND, {}))
+
+    assert shown[0] == "The candidates hold 100.0% of the relevant passages; reranking cannot find more."
+    assert "1 of the queries have no relevant passage and count 0." in shown
+    assert recall_of_candidates(replace(data, qrels={query: {"d": 0} for query in FOUND}), FOUND) == 1, "none is missed"
 
 
 def test_the_plot_is_a_picture_even_where_nothing_was_timed(tmp_path: Path) -> None:

@@ -73,6 +73,15 @@ def test_another_split_and_other_judgements_can_be_named(folder: Path) -> None:
     assert read_files(folder / "corpus.jsonl", folder / "queries.jsonl", trec).qrels == {"q2": {"a": 1, "c": 0}}
 
 
+@pytest.mark.parametrize(
+    "title", ["query-id\tcorpus-id\tscore", "\n \nquery-id\tcorpus-id\tscore", "frage antwort 'gut?'"]
+)
+def test_a_title_is_skipped_whatever_its_words_and_also_after_blank_lines(folder: Path, title: str) -> None:
+    (folder / "qrels" / "test.tsv").write_text(f"{title}\nq1\ta\t1\n")
+
+    assert read_beir(folder).qrels == {"q1": {"a": 1}}
+
+
 def test_queries_without_a_relevant_passage_stay_and_are_counted(folder: Path) -> None:
     (folder / "qrels" / "test.tsv").write_text("q1\ta\t0\nq2\tc\t1\n")
 
@@ -98,6 +107,19 @@ BROKEN: dict[str, tuple[str, str, str]] = {
         "q1\ta\t1\nq1\tb\n",
         "test.tsv:2: 2 columns, expected query passage relevance",
     ),
+    "a relevance that is no whole number, at the top": (
+        "qrels/test.tsv",
+        "q1\ta\t0.5\n",
+        "test.tsv:1: relevance '0.5'",
+    ),
+    "one of too many digits, at the top": (
+        "qrels/test.tsv",
+        "q1\ta\t1000000000\n",
+        "test.tsv:1: relevance '1000000000'",
+    ),
+    "one of words, at the top": ("qrels/test.tsv", "q1\ta\tyes\n", "test.tsv:1: relevance 'yes'"),
+    "one of unknown ids, at the top": ("qrels/test.tsv", "q9\tz\t0.5\n", "test.tsv:1: relevance '0.5'"),
+    "two title lines": ("qrels/test.tsv", f"x y z\n{QRELS}", "test.tsv:2: relevance 'score'"),
     "no judgement": ("qrels/test.tsv", "query-id\tcorpus-id\tscore\n", "test.tsv: holds no judgement"),
 }
 

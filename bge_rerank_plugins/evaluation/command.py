@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import closing
@@ -76,7 +77,7 @@ def run(arguments: argparse.Namespace) -> None:
     names = _names(settings)
     stage = _stage_name(options, names)
     data = load(options)
-    candidates = first_stage(data, options)
+    candidates = first_stage(data, options, settings[0])
     _say(
         f"{data.name}: {len(data.queries):,} queries, {len(data.passages):,} passages; "
         f"{stage} found {sum(map(len, candidates.values())):,} candidates."
@@ -129,8 +130,8 @@ def load(options: EvaluationSettings) -> JudgedSet:
     return data.sampled(options.sample)
 
 
-def first_stage(data: JudgedSet, options: EvaluationSettings) -> Run:
-    """The candidates that the options name, best first."""
+def first_stage(data: JudgedSet, options: EvaluationSettings, settings: RerankSettings) -> Run:
+    """The candidates that the options name, best first; an encoder is loaded as the settings say, on the first device."""
     top_k = DEFAULT_TOP_K if options.top_k is None and data.pools is None else options.top_k
     if options.run is not None:
         from .inputs import read_run
@@ -140,6 +141,7 @@ def first_stage(data: JudgedSet, options: EvaluationSettings) -> Run:
             query: [each for each in passages if not (options.ignore_identical_ids and each == query)][:top_k]
             for query, passages in found.items()
         }
+    from ..core.device import asked_devices
     from .first_stage import bm25_run, encoder_run
 
     if options.first_stage == "bm25":
@@ -150,6 +152,10 @@ def first_stage(data: JudgedSet, options: EvaluationSettings) -> Run:
         top_k,
         prompt=options.first_stage_prompt,
         ignore_identical_ids=options.ignore_identical_ids,
+        device=asked_devices(settings.device)[0],
+        cache_dir=settings.cache_dir,
+        local_files_only=settings.local_files_only,
+        token=settings.token,
     )
 
 
@@ -187,10 +193,9 @@ def _check_options(options: EvaluationSettings) -> None:
 
 def _stage_name(options: EvaluationSettings, names: list[str]) -> str:
     """A short name for the first stage, which no reranker has."""
-    if options.run is None and options.first_stage == "bm25":
-        return "BM25"
-    path = options.run or options.first_stage
-    return path if Path(path).name in names else Path(path).name
+    is_bm25 = options.run is None and options.first_stage == "bm25"
+    path = "BM25" if is_bm25 else options.run or options.first_stage
+    return next((name for name in (_short(path), path) if name not in names), f"first stage {_short(path)}")
 
 
 def _layers(settings: RerankSettings, options: EvaluationSettings) -> list[RerankSettings]:
@@ -222,12 +227,17 @@ def _names(settings: list[RerankSettings]) -> list[str]:
     for model, layer in asked:
         if asked.count((model, layer)) > 1:
             raise InputError(f"--models: {model}{'' if layer is None else f' at layer {layer}'} is named twice")
-    short = [Path(model).name for model, _ in asked]
+    short = [_short(model) for model, _ in asked]
     return [
-        (name if len({other for other, _ in asked if Path(other).name == name}) == 1 else model)
+        (name if len({other for other, _ in asked if _short(other) == name}) == 1 else model)
         + ("" if layer is None else f"@{layer}")
         for name, (model, layer) in zip(short, asked, strict=True)
     ]
+
+
+def _short(path: str) -> str:
+    """The last part of a hub id or path; of "." and its like, of the directory that is meant."""
+    return os.path.basename(os.path.abspath(path))
 
 
 def _scorers(names: list[str], settings: list[RerankSettings]) -> Iterator[tuple[str, Any]]:

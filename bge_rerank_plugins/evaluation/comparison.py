@@ -72,7 +72,8 @@ class Report:
         data: What was asked and judged.
         measures: Names of the measures; the first one is tested.
         systems: The first stage, then the rerankers in their order.
-        recall: The share of the relevant passages that are among the candidates: reranking finds no more.
+        recall: The share of the relevant passages that are among the candidates, mean over the queries that have any:
+            reranking finds no more.
     """
 
     data: JudgedSet

@@ -62,7 +62,16 @@ def bm25_run(data: JudgedSet, top_k: int | None, *, ignore_identical_ids: bool =
 
 
 def encoder_run(
-    data: JudgedSet, model: str, top_k: int | None, *, prompt: str = "", ignore_identical_ids: bool = False
+    data: JudgedSet,
+    model: str,
+    top_k: int | None,
+    *,
+    prompt: str = "",
+    ignore_identical_ids: bool = False,
+    device: str | None = None,
+    cache_dir: str | None = None,
+    local_files_only: bool = False,
+    token: str | None = None,
 ) -> Run:
     """The passages whose embeddings are nearest to each query's, by cosine.
 
@@ -72,6 +81,10 @@ def encoder_run(
         top_k: How many for each query; None for all.
         prompt: Text that the encoder wants before every query.
         ignore_identical_ids: Leave out passages that have the query's own id.
+        device: Where the encoder runs; by default where sentence-transformers puts it.
+        cache_dir: Directory of the hub's download cache.
+        local_files_only: Never download; use only files that are already here.
+        token: Access token for the hub.
 
     Raises:
         ValueError: No encoder can be loaded there.
@@ -85,7 +98,15 @@ def encoder_run(
         ) from error
 
     try:
-        encoder = SentenceTransformer(model)
+        encoder = SentenceTransformer(
+            model,
+            device=device,
+            cache_folder=cache_dir,
+            local_files_only=local_files_only,
+            token=token,
+            # transformers looks for a LoRA adapter beside the weights, and there knows nothing of the options above.
+            model_kwargs={"adapter_kwargs": {"cache_dir": cache_dir, "local_files_only": local_files_only}},
+        )
     except (OSError, ValueError) as error:
         raise ValueError(f"first_stage={model!r}: not 'bm25', and no encoder can be loaded there: {error}") from error
     encode: Callable[[list[str]], Any] = lambda texts: encoder.encode(  # noqa: E731

@@ -51,9 +51,14 @@ class JudgedSet:
         )
 
     @property
+    def answerable(self) -> list[str]:
+        """The queries that a passage is relevant for."""
+        return [query for query in self.queries if any(value > 0 for value in self.qrels[query].values())]
+
+    @property
     def queries_without_relevant(self) -> int:
         """How many queries no passage is relevant for; they count as 0 in every measure, as in trec_eval."""
-        return sum(not any(value > 0 for value in self.qrels[query].values()) for query in self.queries)
+        return len(self.queries) - len(self.answerable)
 
 
 def read_beir(folder: str | Path, split: str = "test", qrels: str | Path | None = None) -> JudgedSet:
@@ -201,10 +206,12 @@ def _texts_by_id(path: str | Path, *keys: str) -> dict[str, str]:
 
 def _read_qrels(path: str | Path, queries: Mapping[str, str], passages: Mapping[str, str]) -> dict[str, dict[str, int]]:
     qrels: dict[str, dict[str, int]] = {}
-    for place, columns in _rows(path, (3, 4), "query passage relevance, or query iteration passage relevance"):
-        if place.endswith(":1") and len(columns) == 3 and not _is_whole(columns[2]):
-            continue  # BEIR's title line
+    rows = _rows(path, (3, 4), "query passage relevance, or query iteration passage relevance")
+    for number, (place, columns) in enumerate(rows):
         query, passage, relevance = columns[0], columns[-2], columns[-1]
+        is_of_words = query not in queries and passage not in passages and not re.match(r"[+-]?\.?\d", relevance)
+        if number == 0 and len(columns) == 3 and is_of_words:
+            continue  # BEIR's title line
         if not _is_whole(relevance):
             raise InputError(f"{place}: relevance {relevance!r}: expected a whole number")
         if query not in queries:

@@ -112,12 +112,15 @@ def measure(measures: Sequence[Measure], data: JudgedSet, run: Run) -> Quality:
 
 
 def recall_of_candidates(data: JudgedSet, run: Run) -> float:
-    """The share of the relevant passages that are among the candidates, mean over the queries: reranking finds no more."""
+    """The share of the relevant passages that are among the candidates: reranking finds no more.
+
+    The mean over the queries that have a relevant passage; 1 where none has, since nothing is missing.
+    """
     from ir_measures import R
 
     longest = max(map(len, run.values()), default=0)
-    (found,) = measure([R @ max(1, longest)], data, run).mean.values()
-    return found
+    (found,) = measure([R @ max(1, longest)], data, run).per_query.values()
+    return fmean([found[query] for query in data.answerable] or [1.0])
 
 
 def p_value(first: Mapping[str, float], second: Mapping[str, float]) -> float:

@@ -46,6 +46,7 @@ class EvaluationSettings(Settings):
     )
     first_stage: str = Field(
         default="bm25",
+        min_length=1,
         description="What finds the candidates: 'bm25', or a sentence-transformers encoder, its local directory or hub id.",
     )
     first_stage_prompt: str = Field(default="", description="Text that the encoder wants before every query.")
