@@ -126,9 +126,9 @@ class ScorerSettings(RerankSettings):
     def _scorer_or_model(cls, scorer: Any, info: ValidationInfo) -> Any:
         if scorer is None and info.data.get("model") == "":
             raise ValueError("model='': name a model, or give a scorer")
-        if scorer is not None and not _can_score(scorer):
-            raise ValueError(f"scorer={scorer!r:.80}: expected an object with a method score(query, passages)")
         if scorer is not None:
+            if not _can_score(scorer):
+                raise ValueError(f"scorer={scorer!r:.80}: expected an object with a method score(query, passages)")
             _warn_of_unused(info.data)
         return scorer
 

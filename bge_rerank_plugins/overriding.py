@@ -9,6 +9,7 @@ import asyncio
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+from .call import ENCODE_AT_ONCE
 from .texts import checked_requests, requests_of_pairs, stream_of_requests
 
 
@@ -48,9 +49,5 @@ class _ByScore:
 
     def score_stream(self, pairs: Iterable[tuple[str, str]]) -> Iterator[float]:
         """Scores any number of pairs, as they are drawn."""
-        for request in stream_of_requests(pairs, PAIRS_AT_ONCE):
+        for request in stream_of_requests(pairs, ENCODE_AT_ONCE):
             yield from self.score(*request)
-
-
-PAIRS_AT_ONCE = 32
-"""Pairs of a stream that are scored in one call."""

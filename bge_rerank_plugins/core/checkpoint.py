@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -76,23 +76,23 @@ class Checkpoint:
             show_progress=settings.show_progress,
         )
 
-    def hub_options(self, *, revision: bool = True) -> dict[str, Any]:
-        """Options of every look at the hub; the revision is the model's, and not the adapter's."""
+    def hub_options(self) -> dict[str, Any]:
+        """Options of every look at the hub."""
         options: dict[str, Any] = {
             "cache_dir": self.cache_dir,
             "local_files_only": self.local_files_only,
             "token": self.token,
         }
-        return options | ({"revision": self.revision} if revision and self.revision else {})
+        return options | ({"revision": self.revision} if self.revision else {})
 
-    def file(self, name: str, *, of_adapter: bool = False) -> Path | None:
-        """Local path of one file of the checkpoint, or of its adapter, downloaded if need be; None if there is no such file."""
+    def file(self, name: str) -> Path | None:
+        """Local path of one file of the checkpoint, downloaded if need be; None if the checkpoint has no such file."""
         found = cached_file(
-            str(self.peft_path) if of_adapter else self.model,
+            self.model,
             name,
             _raise_exceptions_for_missing_entries=False,
             _raise_exceptions_for_connection_errors=False,
-            **self.hub_options(revision=not of_adapter),
+            **self.hub_options(),
         )
         return None if found is None else Path(found)
 
@@ -186,10 +186,11 @@ class Checkpoint:
         Raises:
             OSError: There is no such adapter.
         """
-        if Path(str(self.peft_path)).is_dir():
-            return str(self.peft_path)
-        config = self.file("adapter_config.json", of_adapter=True)
-        if config is None or not any(self.file(name, of_adapter=True) for name in ADAPTER_WEIGHTS):
+        adapter = replace(self, model=str(self.peft_path), revision=None)  # which is the model's
+        if Path(adapter.model).is_dir():
+            return adapter.model
+        config = adapter.file("adapter_config.json")
+        if config is None or not any(map(adapter.file, ADAPTER_WEIGHTS)):
             raise FileNotFoundError(f"the hub and its cache have no adapter_config.json, or no {ADAPTER_WEIGHTS[0]}")
         return str(config.parent)
 

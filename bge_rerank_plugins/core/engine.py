@@ -363,7 +363,6 @@ class Engine:
             waiting = self._drain()
             self._changed.notify_all()
         self._room.announce()
-        self._lose_family(error)
         self._refuse(waiting)
 
     def _refuse(self, requests: Iterable[Request]) -> None:

