@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tokenizers import Tokenizer
 
+from .core.hub import commit_of, is_commit
 from .core.pairs import PairEncoder, layout_of
 from .core.sequences import TokenSequence, longest_pair
 from .core.words import Words
@@ -249,6 +250,8 @@ def _load(settings: RerankSettings, file: str) -> _Graph:
         import onnxruntime
     except ImportError as error:
         raise ImportError('OnnxScorer needs ONNX Runtime: pip install "bge-rerank-plugins[onnx]"') from error
+    commit = commit_of(_needed(settings, "config.json"))  # of all files, also where the revision moves meanwhile
+    settings = settings.model_copy(update={"revision": commit or settings.revision})
     config = _config(settings)
     layout = layout_of(config.get("model_type"), settings.model, config.get("type_vocab_size"))
     pad = config.get("pad_token_id", 1 if layout.skips_padding else 0)  # the defaults of transformers' classes
@@ -350,9 +353,13 @@ def _file(settings: RerankSettings, name: str) -> Path | None:
         return local / name if (local / name).is_file() else None
     if local.is_absolute() or settings.model.startswith((".", "~")):
         raise ValueError(f"model={settings.model!r}: no such directory")
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
 
+    if is_commit(settings.revision):
+        known = try_to_load_from_cache(settings.model, name, cache_dir=settings.cache_dir, revision=settings.revision)
+        if known is not None:
+            return Path(known) if isinstance(known, str) else None  # no path: known to be missing
     try:
         return Path(
             hf_hub_download(

@@ -128,7 +128,9 @@ class RerankSettings(Settings):
     peft_path: str | None = Field(
         default=None, description="LoRA adapter (hub id or local directory), merged into the model when it is loaded."
     )
-    revision: str | None = Field(default=None, description="Branch, tag or commit of the model on the hub.")
+    revision: str | None = Field(
+        default=None, description="Branch, tag or commit of the model on the hub; looked up once at load."
+    )
     cache_dir: str | None = Field(default=None, description="Directory of the hub's download cache.")
     local_files_only: bool = Field(default=False, description="Never download; use only files that are already here.")
     token: str | None = Field(

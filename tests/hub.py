@@ -1,35 +1,90 @@
-"""A hub on this machine that has nothing, and what of it is in a cache."""
+"""A hub on this machine, and what of it is in a cache."""
 
+import os
 import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 
 class Hub(ThreadingHTTPServer):
-    """Keeps what it was asked for, and with which token."""
+    """Keeps what it was asked for, and with which token.
 
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Nothing)
+    Args:
+        repositories: What each has, commit by commit; nothing by default. Whenever a file of main was fetched, somebody commits.
+    """
+
+    def __init__(self, repositories: Mapping[str, Sequence[Path]] | None = None) -> None:
+        super().__init__(("127.0.0.1", 0), Repositories)
         self.asked: list[tuple[str, str | None]] = []
+        self._commits = {name: [*commits] for name, commits in (repositories or {}).items()}
+        self._main = dict.fromkeys(self._commits, 0)
 
-    @property
-    def environment(self) -> dict[str, str]:
-        """What has a process ask this hub."""
-        return {
+    def run(self, code: str, home: Path) -> subprocess.CompletedProcess[str]:
+        """Python that asks this hub, and keeps what else it keeps in `home`."""
+        environment = os.environ | {
             "HF_ENDPOINT": f"http://127.0.0.1:{self.server_port}",
             "NO_PROXY": "127.0.0.1",
             "HF_HUB_OFFLINE": "0",
+            "HF_HOME": str(home),
         }
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+        try:
+            return subprocess.run(
+                [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
+            )
+        finally:
+            self.shutdown()
+
+    def found(self, repository: str, revision: str, name: str) -> tuple[str, Path] | None:
+        """The commit that a revision is at, and the file that it has there."""
+        commits = self._commits.get(repository)
+        if commits is None:
+            return None
+        number = int(revision) if revision.isdecimal() else self._main[repository]
+        return f"{number:040}", commits[number] / name
+
+    def commit(self, repository: str) -> None:
+        """Moves main on, if there is more."""
+        self._main[repository] = min(self._main[repository] + 1, len(self._commits[repository]) - 1)
 
 
-class Nothing(BaseHTTPRequestHandler):
+class Repositories(BaseHTTPRequestHandler):
     server: Hub
 
-    def do_GET(self) -> None:
-        self.server.asked.append((self.path, self.headers["Authorization"]))
-        self.send_error(404)
+    def do_HEAD(self) -> None:
+        self._answer()
 
-    do_HEAD = do_GET
+    def do_GET(self) -> None:
+        if (content := self._answer()) is not None:
+            self.wfile.write(content)
+            repository, revision, _ = self._asked()
+            if revision == "main":
+                self.server.commit(repository)
+
+    def _asked(self) -> tuple[str, str, str]:
+        """Repository, revision and file."""
+        repository, _, rest = unquote(urlsplit(self.path).path).strip("/").partition("/resolve/")
+        revision, _, name = rest.partition("/")
+        return repository, revision, name
+
+    def _answer(self) -> bytes | None:
+        self.server.asked.append((self.path, self.headers["Authorization"]))
+        found = self.server.found(*self._asked())
+        content = found[1].read_bytes() if found is not None and found[1].is_file() else None
+        self.send_response(404 if content is None else 200)
+        if found is not None:
+            self.send_header("X-Repo-Commit", found[0])
+            self.send_header("ETag", f'"{found[0]}-{found[1].name}"')
+            if content is None:
+                self.send_header("X-Error-Code", "EntryNotFound")
+        self.send_header("Content-Length", str(len(content or b"")))
+        self.end_headers()
+        return content
 
     def log_message(self, *_: object) -> None:
         pass

@@ -1,11 +1,7 @@
 """Checkpoints that cannot be used are refused with the reason; none is scored wrongly in silence."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
-import threading
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -59,15 +55,45 @@ def test_what_may_only_be_here_is_not_asked_for_on_the_hub(encoder_dir: str, tmp
     options = {"cache_dir": str(tmp_path / "cache"), "local_files_only": True, "peft_path": "some-org/adapter"}
     code = f"from bge_rerank_plugins import Scorer\nprint(Scorer('some-org/model', **{options}).score('panda', ['a bear']))"
     with Hub() as hub:
-        threading.Thread(target=hub.serve_forever, daemon=True).start()
-        environment = os.environ | hub.environment | {"HF_HOME": str(tmp_path / "home")}
-        ran = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
-        hub.shutdown()
+        ran = hub.run(code, tmp_path / "home")
 
     assert ran.returncode == 0, ran.stderr
     assert [path for path, _ in hub.asked if "some-org" in path] == []
     with Scorer(encoder_dir, peft_path=str(tmp_path / "adapter")) as scorer:
         assert json.loads(ran.stdout) == pytest.approx(scorer.score("panda", ["a bear"]), abs=1e-5)
+
+
+def test_all_files_are_of_the_commit_that_was_found_first(encoder_dir: str, copied: Path, tmp_path: Path) -> None:
+    """Each file came from what main was by then: one version's tokenizer before the next one's weights.
+
+    And what is in the cache is not asked for again: without a network a load took the retries of every file, three minutes.
+    """
+    from transformers import AutoModelForSequenceClassification
+
+    torch.manual_seed(0)
+    model = AutoModelForSequenceClassification.from_pretrained(encoder_dir)
+    lora(model, tmp_path / "adapter", task_type="SEQ_CLS", target_modules=["query"])
+    (copied / "tokenizer.json").write_text("{}")
+    repositories = {
+        "some-org/model": [Path(encoder_dir), copied],
+        "some-org/adapter": [tmp_path / "adapter", tmp_path / "empty"],
+    }
+    options = {"cache_dir": str(tmp_path / "cache"), "revision": "main", "peft_path": "some-org/adapter"}
+    code = f"from bge_rerank_plugins import Scorer\nprint(Scorer('some-org/model', **{options}).score('panda', ['a bear']))"
+    asked = []
+    for _ in range(2):
+        with Hub(repositories) as hub:
+            ran = hub.run(code, tmp_path / "home")
+        asked.append([path for path, _ in hub.asked if path.startswith("/some-org/")])
+        assert ran.returncode == 0, ran.stderr
+        with Scorer(encoder_dir, peft_path=str(tmp_path / "adapter")) as scorer:
+            assert json.loads(ran.stdout) == pytest.approx(scorer.score("panda", ["a bear"]), abs=1e-5)
+
+    assert list(dict.fromkeys(path for path in asked[0] if "/main/" in path)) == FOUND_BY
+    assert asked[1] == FOUND_BY
+
+
+FOUND_BY = ["/some-org/model/resolve/main/config.json", "/some-org/adapter/resolve/main/adapter_config.json"]
 
 
 @pytest.mark.parametrize("lacks", ["adapter_config.json", "adapter_model.safetensors"])

@@ -6,7 +6,6 @@ import re
 import shutil
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -140,10 +139,7 @@ def test_an_encoder_comes_from_where_the_options_say(folder: Path, tmp_path: Pat
         f"from bge_rerank_plugins.cli import main\nassert main({local}) == 0\nmain({[*arguments, '--token', 'second']})"
     )
     with Hub() as hub:
-        threading.Thread(target=hub.serve_forever, daemon=True).start()
-        environment = os.environ | hub.environment | {"HF_HOME": str(tmp_path / "home")}
-        ran = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
-        hub.shutdown()
+        ran = hub.run(code, tmp_path / "home")
 
     assert "mini found 200 candidates." in ran.stdout, ran.stderr
     assert {token for path, token in hub.asked if "some-org" in path} == {"Bearer second"}, hub.asked

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 from conftest import DATA, oracle_cases
+from hub import Hub
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
@@ -40,6 +41,28 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> str:
     assert report.correlation is not None
     assert report.correlation > 0.8  # of a random model, whose scores are all alike; the command prints the figure
     return str(directory)
+
+
+def test_all_files_are_of_the_commit_that_was_found_first(exported: str, tmp_path: Path) -> None:
+    later = Path(shutil.copytree(exported, tmp_path / "later"))
+    (later / "tokenizer.json").write_text("{}")
+    options = {"cache_dir": str(tmp_path / "cache"), "device": "cpu"}
+    code = (
+        "from bge_rerank_plugins.onnx import OnnxScorer\n"
+        f"print(OnnxScorer('some-org/model', **{options}).score('panda', ['a bear']))"
+    )
+    asked = []
+    for _ in range(2):
+        with Hub({"some-org/model": [Path(exported), later]}) as hub:
+            ran = hub.run(code, tmp_path / "home")
+        asked.append({path for path, _ in hub.asked if path.startswith("/some-org/")})
+        assert ran.returncode == 0, ran.stderr
+        with OnnxScorer(exported, device="cpu") as scorer:
+            assert json.loads(ran.stdout) == pytest.approx(scorer.score("panda", ["a bear"]), abs=1e-5)
+
+    found_by = {"/some-org/model/resolve/main/config.json"}
+    assert {path for path in asked[0] if "/main/" in path} == found_by
+    assert asked[1] == found_by
 
 
 @pytest.fixture(scope="module")

@@ -16,6 +16,8 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.utils.hub import cached_file
 
+from .hub import commit_of
+
 if TYPE_CHECKING:
     from typing_extensions import Self
 
@@ -36,6 +38,7 @@ class Checkpoint:
     Attributes:
         model: Hub id or local directory.
         peft_path: Hub id or local directory of a LoRA adapter, or None.
+        found_by: The file that the hub is asked for first.
         revision, cache_dir, local_files_only, token, show_progress: As in `RerankSettings`.
     """
 
@@ -46,6 +49,7 @@ class Checkpoint:
     local_files_only: bool = False
     token: str | None = None
     show_progress: bool = False
+    found_by: str = "config.json"
 
     @classmethod
     def from_settings(cls, settings: RerankSettings) -> Self:
@@ -77,24 +81,40 @@ class Checkpoint:
         )
 
     def hub_options(self) -> dict[str, Any]:
-        """Options of every look at the hub."""
-        options: dict[str, Any] = {
-            "cache_dir": self.cache_dir,
-            "local_files_only": self.local_files_only,
-            "token": self.token,
-        }
-        return options | ({"revision": self.revision} if self.revision else {})
+        """Options of every look at the hub but the first."""
+        return self._options_at(self.commit or self.revision)
+
+    @cached_property
+    def commit(self) -> str | None:
+        """The commit that the revision stands for, or None of a directory, and where the hub cannot be asked.
+
+        Looked up once, so that all files are of the same one also when the revision moves meanwhile, and are not asked for
+        where they are known: what is of a commit does not change.
+        """
+        found = None if Path(self.model).is_dir() else self._file_at(self.revision, self.found_by)
+        return None if found is None else commit_of(found)
 
     def file(self, name: str) -> Path | None:
         """Local path of one file of the checkpoint, downloaded if need be; None if the checkpoint has no such file."""
+        return self._file_at(self.commit or self.revision, name)
+
+    def _file_at(self, revision: str | None, name: str) -> Path | None:
         found = cached_file(
             self.model,
             name,
             _raise_exceptions_for_missing_entries=False,
             _raise_exceptions_for_connection_errors=False,
-            **self.hub_options(),
+            **self._options_at(revision),
         )
         return None if found is None else Path(found)
+
+    def _options_at(self, revision: str | None) -> dict[str, Any]:
+        options: dict[str, Any] = {
+            "cache_dir": self.cache_dir,
+            "local_files_only": self.local_files_only,
+            "token": self.token,
+        }
+        return options | ({"revision": revision} if revision else {})
 
     @cached_property
     def config(self) -> dict[str, Any]:
@@ -186,10 +206,12 @@ class Checkpoint:
         Raises:
             OSError: There is no such adapter.
         """
-        adapter = replace(self, model=str(self.peft_path), revision=None)  # which is the model's
+        config_name = "adapter_config.json"
+        no_revision = None  # that of the settings is the model's
+        adapter = replace(self, model=str(self.peft_path), revision=no_revision, found_by=config_name)
         if Path(adapter.model).is_dir():
             return adapter.model
-        config = adapter.file("adapter_config.json")
+        config = adapter.file(config_name)
         if config is None or not any(map(adapter.file, ADAPTER_WEIGHTS)):
             raise FileNotFoundError(f"the hub and its cache have no adapter_config.json, or no {ADAPTER_WEIGHTS[0]}")
         return str(config.parent)
