@@ -6,6 +6,7 @@ What the blocking and the async form of a call have in common. Knows nothing of 
 from __future__ import annotations
 
 import asyncio
+import math
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -57,6 +58,8 @@ class Call:
         self._split = split
         self.truncated = 0
         self._windows: deque[list[int]] = deque()
+        self._keys: deque[list[bytes]] = deque()
+        self._scores: dict[bytes, Any] | None = {} if pairs < math.inf else None
         self._pending: deque[Future[list[Any]]] = deque()
         self._pairs_pending = 0
         self._admitted = False
@@ -83,7 +86,10 @@ class Call:
         """Token ids of a chunk, long passages in windows if they are to be split."""
         parts = [self._family.windows(query, passage) if self._split else [passage] for passage in passages]
         self._windows.append([len(windows) for windows in parts])
-        return self._family.encode(query, [window for windows in parts for window in windows])
+        sequences = self._family.encode(query, [window for windows in parts for window in windows])
+        if self._scores is not None:
+            self._keys.append([sequence.key for sequence in sequences])
+        return sequences
 
     def _submit(self, sequences: list[TokenSequence]) -> None:
         """Queues a chunk, and waits until the queue has room for it."""
@@ -127,6 +133,9 @@ class Call:
     def _reduced(self, scores: list[Any]) -> list[Any]:
         self._pending.popleft()
         self._pairs_pending -= len(scores)
+        if self._scores is not None:
+            # What is alike is to be a tie, and what shares its pack moves the last digit of a score.
+            scores = list(map(self._scores.setdefault, self._keys.popleft(), scores))
         remaining = iter(scores)
         windows = [[next(remaining) for _ in range(count)] for count in self._windows.popleft()]
         if self._cutoff_layers:

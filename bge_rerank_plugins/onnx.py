@@ -23,7 +23,7 @@ from .core.sequences import TokenSequence, longest_pair
 from .core.words import Words
 from .ranking import RankedPassage, check_cut, rank_scores, sigmoid
 from .settings import RerankSettings
-from .texts import checked_requests, checked_texts, requests_of_pairs
+from .texts import checked_requests, checked_texts, requests_of_pairs, scores_by_request
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -187,8 +187,7 @@ class OnnxScorer:
             return [[] for _ in requests]
         graph = self._loaded()
         sequences = [pair for query, passages in requests for pair in graph.pairs.encode(query, passages)]
-        scores = iter(graph.scores(sequences))
-        raw = [[next(scores) for _ in passages] for _, passages in requests]
+        raw = scores_by_request(requests, graph.scores(sequences))
         return [[sigmoid(score) for score in row] for row in raw] if self._settings.normalize else raw
 
     def _loaded(self) -> _Graph:
@@ -226,7 +225,8 @@ class _Graph(NamedTuple):
                 if not math.isfinite(score):
                     raise ValueError(f"the graph's score of pair {i} is {score}: its weights or its input overflow")
                 scores[i] = score
-        return scores
+        first: dict[bytes, float] = {}  # what is alike is to be a tie, and a batch sets an int8 graph's steps
+        return [first.setdefault(sequence.key, score) for sequence, score in zip(sequences, scores, strict=True)]
 
 
 def _padded(ids: list[int], longest: int, padding: int) -> list[int]:

@@ -73,15 +73,9 @@ def by_place(requests: Iterable[Any], form: str, checked: Callable[[Any, Any], _
 
 
 def scores_by_request(requests: Sequence[tuple[str, Sequence[str]]], scores: Sequence[_T]) -> list[list[_T]]:
-    """The scores of all pairs of the requests, in order, as a list for each request.
-
-    A pair that is there twice gets one score, so that the two are a tie: what shares a pack moves the last digit.
-    """
+    """The scores of all pairs of the requests, in order, as a list for each request."""
     remaining = iter(scores)
-    first: dict[tuple[str, str], _T] = {}
-    return [
-        [first.setdefault((query, passage), next(remaining)) for passage in passages] for query, passages in requests
-    ]
+    return [[next(remaining) for _ in passages] for _, passages in requests]
 
 
 def requests_of_pairs(pairs: Iterable[tuple[str, str]]) -> list[tuple[str, list[str]]]:

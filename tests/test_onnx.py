@@ -85,6 +85,14 @@ def test_any_text_scores_as_on_torch(graph: OnnxScorer, query: str, passages: li
         assert graph.score(query, passages) == pytest.approx(scorer.score(query, passages), abs=1e-4)
 
 
+def test_passages_that_are_alike_once_cut_are_a_tie(exported: str) -> None:
+    """In int8 what shares a batch sets the steps of its states: they came out in another order than they were given."""
+    alike = ["a bear " * 99 + str(i) for i in range(7)]
+    others = ["a bear that eats bamboo " * 99, *("panda " * i for i in range(9))]
+    with OnnxScorer(exported, file=QUANTIZED, device="cpu", max_length=64, max_batch_tokens=256) as scorer:
+        assert len(set(scorer.score("panda", [*alike, *others])[: len(alike)])) == 1
+
+
 @pytest.mark.parametrize("kind", ["roberta", "bert"])
 def test_other_architectures_score_as_on_torch(kind: str, classifier_dirs: dict[str, str], tmp_path: Path) -> None:
     export_onnx(RerankSettings(model=classifier_dirs[kind], max_length=40), tmp_path / "made")

@@ -26,6 +26,19 @@ def test_a_pack_holds_the_tokens_of_its_sequences_and_not_one_more(sequences: li
     assert pack.longest_q == pack.longest_k == max(map(len, sequences))
 
 
+def test_sequences_have_one_key_exactly_if_they_are_alike_to_a_model() -> None:
+    different = [
+        TokenSequence([1, 2]),
+        TokenSequence([2, 1]),
+        TokenSequence([1, 2, 0, 0]),
+        TokenSequence([1, 2], token_type_ids=[0, 0]),
+        TokenSequence([1, 2], position_ids=[0, 0]),
+        TokenSequence([1, 2], token_type_ids=[0, 1]),
+    ]
+    assert len({sequence.key for sequence in different}) == len(different)
+    assert TokenSequence([1, 2], prefix=1, group=3, truncated=True).key == different[0].key
+
+
 @given(st.lists(st.tuples(ids, st.lists(ids, min_size=1, max_size=4)), min_size=1, max_size=4))
 def test_a_shared_prefix_stands_once_and_every_sequence_reads_its_own_keys(
     requests: list[tuple[list[int], list[list[int]]]],

@@ -192,12 +192,18 @@ def test_rank_orders_by_score_and_cuts(scorer: Scorer) -> None:
 scores_with_ties = st.lists(st.sampled_from([-1.5, 0.0, 0.25, 7.0]) | st.floats(-9, 9), max_size=12)
 
 
+LONG = "a bear " * 99
+ALIKE = {"equal": ["a", "a", "b", "panda"] * 5, "equal once cut": [*[LONG + str(i) for i in range(12)], *"abcdefgh"]}
+
+
+@pytest.mark.parametrize("alike", ALIKE)
 @pytest.mark.parametrize("family", ["encoder", "decoder", "layerwise"])
-def test_a_passage_that_is_given_twice_ties_with_itself(family: str) -> None:
+def test_passages_that_are_alike_are_a_tie(family: str, alike: str) -> None:
     """What shares a pack moves the last digit, and the second of two equal passages could come first."""
-    passages = ["a", "a", "b", "panda"] * 5
-    same = [[i for i, text in enumerate(passages) if text == passage] for passage in passages]
-    with Scorer(str(DATA / family)) as scorer:
+    passages = ALIKE[alike]
+    start = slice(len(LONG))
+    same = [[i for i, text in enumerate(passages) if text[start] == passage[start]] for passage in passages]
+    with Scorer(str(DATA / family), max_length=64, max_batch_tokens=256) as scorer:
         batch = scorer.score_batch([("panda", passages), ("panda", passages[::-1])])
         for scores in (
             scorer.score("panda", passages),

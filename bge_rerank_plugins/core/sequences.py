@@ -1,7 +1,9 @@
 """Token ids of one query-passage pair: what families make of text, and packs are made of. Knows nothing of torch."""
 
+from array import array
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
+from hashlib import blake2b
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +28,15 @@ class TokenSequence:
 
     def __len__(self) -> int:
         return len(self.input_ids)
+
+    @property
+    def key(self) -> bytes:
+        """Equal for sequences that are alike to a model, and therefore to have one score. 16 bytes."""
+        digest = blake2b(digest_size=16)
+        for column in (self.input_ids, self.token_type_ids or (), self.position_ids or ()):
+            digest.update(len(column).to_bytes(8, "little"))
+            digest.update(array("q", column).tobytes())
+        return digest.digest()
 
     def tokens_beside(self, groups: Collection[int]) -> int:
         """Tokens that remain to be computed where the prefixes of these groups are there already."""
