@@ -7,6 +7,7 @@ import logging
 import resource
 import threading
 import time
+import unicodedata
 import weakref
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,6 +22,7 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from strategies import texts
+from tokenizers import Tokenizer, normalizers
 
 from bge_rerank_plugins import Scorer, call
 from bge_rerank_plugins.call import ENCODE_AT_ONCE, PAIRS_AHEAD
@@ -432,6 +434,22 @@ def test_windows_leave_nothing_out_and_fit(text: str, room: int) -> None:
     assert [text[start:stop] for start, stop in spans] == split_text(tokenizer, text, room)
     if room == 8:  # a single token may grow, cut out of its word
         assert all(len(tokenizer.encode(text[a:b], add_special_tokens=False).ids) <= room for a, b in spans)
+
+
+@pytest.mark.parametrize("form", [normalizers.NFC(), normalizers.NFKC()])
+def test_windows_hold_letters_whole_that_the_tokenizer_composes(form: normalizers.Normalizer) -> None:
+    """It says where the first character of a composed letter ends, and windows ended before the accent."""
+    tokenizer = Tokenizer.from_str(TOKENIZER.backend_tokenizer.to_str())
+    tokenizer.normalizer = form
+    text = unicodedata.normalize("NFD", "Un café, où l'été dure. 한국어 문장을 읽는다. がぎぐ " * 5) + "cafe\u0301"
+    spans = list(_spans(tokenizer, text, 12, ""))
+    assert len(spans) > 5
+    assert spans[-1][1] == len(text)
+    assert not [
+        stop
+        for _, stop in spans[:-1]
+        if unicodedata.normalize("NFC", text[stop - 1 : stop + 1]) != text[stop - 1 : stop + 1]
+    ]
 
 
 TOKENIZER = load_tokenizer(Checkpoint.from_settings(RerankSettings(model=ENCODER)))

@@ -35,11 +35,24 @@ def _spans(tokenizer: Tokenizer, text: str, room: int, instruction: str) -> Iter
         yield 0, len(text)
         return
     offsets = tokenizer.encode(text, add_special_tokens=False).offsets
+    ends = _ends(offsets, text)
     start = stop = 0
     while stop < len(offsets):
         stop = min(start + size, len(offsets))
         # What is cut inside a word may take a token more than it did within it.
-        while stop > start + 1 and tokens(text[offsets[start][0] : offsets[stop - 1][1]]) > room:
+        while stop > start + 1 and tokens(text[offsets[start][0] : ends[stop - 1]]) > room:
             stop -= 1
-        yield offsets[start][0], offsets[stop - 1][1]
+        yield offsets[start][0], ends[stop - 1]
         start = max(start + 1, stop - int(size * OVERLAP))
+
+
+def _ends(offsets: list[tuple[int, int]], text: str) -> list[int]:
+    """Where the text of each token ends: where that of the next one begins, but for the white space before it.
+
+    A tokenizer that composes letters says where the first character of a composed one ends; its accent follows.
+    """
+    starts = [start for start, _ in offsets[1:]] + [len(text)]
+    return [
+        max(stop, begin + len(text[begin:following].rstrip()))
+        for (begin, stop), following in zip(offsets, starts, strict=True)
+    ]
