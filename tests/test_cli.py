@@ -414,6 +414,13 @@ def test_info_shows_each_device_of_a_list() -> None:
         assert f"dtype {number}       float16 (asked for)" in out
 
 
+def test_info_refuses_what_loading_would() -> None:
+    result = bge_rerank("info", str(DATA / "decoder"), "--dtype", "float16")
+
+    assert result.status == 2
+    assert "dtype='float16': Gemma's hidden states overflow in it to NaN; use 'bfloat16' or 'float32'" in result.err
+
+
 def test_info_does_not_read_the_weights(tmp_path: Path) -> None:
     shutil.copy(DATA / "encoder" / "config.json", tmp_path)
 

@@ -320,6 +320,36 @@ def test_layers_above_the_cutoff_are_loaded_when_they_are_asked_for() -> None:
         assert low.score("panda", ["hi", "a bear"]) == pytest.approx(before, abs=1e-6)
 
 
+def test_layers_that_do_not_fit_into_memory_fail_who_asked_for_them_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was taken for a pack that is too large: the checkpoint was read again for every half, and later packs stayed small."""
+    from bge_rerank_plugins.core import layerwise
+
+    load, tops = layerwise.load_model, []
+
+    def tight(checkpoint: Any, kind: Any, config: Any, *rest: Any) -> Any:
+        tops.append(config.num_hidden_layers)
+        if config.num_hidden_layers > 5:
+            raise torch.OutOfMemoryError("injected")
+        return load(checkpoint, kind, config, *rest)
+
+    monkeypatch.setattr(layerwise, "load_model", tight)
+    with Scorer(LAYERWISE, cutoff_layer=5, max_batch_tokens=4001) as scorer:
+        before = scorer.score("panda", ["hi", "a bear"])
+        with pytest.raises(RuntimeError, match="cutoff_layer=11: the layers up to it do not fit into memory: injected"):
+            scorer.score_layers("panda", ["hi", "a bear"], [11, 4])
+        assert tops == [5, 11]
+        assert scorer.score("panda", ["hi", "a bear"]) == before
+        assert scorer.stats()["out_of_memory"] == 0
+
+
+def test_of_a_vocabulary_head_one_row_is_kept(causal_dirs: dict[str, str]) -> None:
+    """In float32 the row was a view, and held the whole head: two gigabytes of a Qwen2-7B."""
+    with Scorer(causal_dirs["Llama"], dtype="float32") as scorer:
+        family: Any = scorer._lease.loaded()[1]
+        row = family._answer_row
+        assert row.untyped_storage().nbytes() == row.nbytes
+
+
 def test_requests_for_other_layers_share_no_pack_and_mix_up_nothing() -> None:
     from concurrent.futures import ThreadPoolExecutor
 

@@ -48,7 +48,7 @@ class Decoder:
         self._backbone: Any = model.base_model
         work_in_place(self._backbone)
         LastRows(self._backbone.layers[-1])
-        self._answer_row = model.get_output_embeddings().weight[prompt.answer_id].float()
+        self._answer_row = model.get_output_embeddings().weight[prompt.answer_id].float().clone()  # without the head
         # Configs of other models may name one, too, which those models do not look at.
         self._softcap: float | None = (
             model.config.final_logit_softcapping if model.config.model_type == "gemma2" else None
@@ -65,10 +65,6 @@ class Decoder:
                 positions; weights that are not in the files.
         """
         config, prompt = _checked(checkpoint, settings)
-        if dtype == torch.float16 and config.model_type.startswith("gemma"):
-            raise ValueError(
-                "dtype='float16': Gemma's hidden states overflow in it to NaN; use 'bfloat16' or 'float32'"
-            )
         model: Any = load_model(checkpoint, AutoModelForCausalLM, config, dtype, device)
         if dtype == torch.int8:
             round_linear_layers(model.base_model.layers)
@@ -114,4 +110,6 @@ def _checked(checkpoint: Checkpoint, settings: RerankSettings) -> tuple[Any, Pro
         )
     checkpoint.check_causal()
     config = checkpoint.transformers_config()
+    if settings.dtype == "float16" and config.model_type.startswith("gemma"):  # nothing else chooses it for this family
+        raise ValueError("dtype='float16': Gemma's hidden states overflow in it to NaN; use 'bfloat16' or 'float32'")
     return config, Prompt(checkpoint, settings, config.max_position_embeddings)

@@ -8,6 +8,7 @@ at the last position. Layers above the highest cutoff in use are not read from d
 from __future__ import annotations
 
 import math
+import traceback
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from transformers import GraniteConfig, GraniteModel
 from transformers.models.granite.modeling_granite import GranitePreTrainedModel
 
+from .device import is_out_of_memory
 from .inplace import work_in_place
 from .int8 import round_linear_layers
 from .last_layer import LastRows
@@ -138,9 +140,27 @@ class Layerwise:
         self._backbone: Any = model.model
         work_in_place(self._backbone)
         self._heads = {
-            layer: model.head_row(layer, self._prompt.answer_id).float() for layer in self.layers or () if layer <= top
+            layer: model.head_row(layer, self._prompt.answer_id).float().clone()  # without the whole head behind it
+            for layer in self.layers or ()
+            if layer <= top
         }
         self._top = top
+
+    def _use_more(self, top: int) -> None:
+        """Loads the layers up to `top` in place of those that are there.
+
+        Raises:
+            ValueError: They do not fit into memory, where smaller packs are no help.
+        """
+        self._top = 0
+        self._backbone, self._heads = None, {}  # never two copies in memory
+        try:
+            self._use(top)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            traceback.clear_frames(error.__traceback__)  # which hold what did fit
+            raise ValueError(f"cutoff_layer={top}: the layers up to it do not fit into memory: {error}") from error
 
     def encode(self, query: str, passages: Sequence[str]) -> list[TokenSequence]:
         """The model card's token ids, the query as a prefix that the passages share."""
@@ -154,9 +174,7 @@ class Layerwise:
         """Scores after the cutoff layer, shape (sequences,), or after each of `cutoff_layers`, shape (sequences, layers)."""
         asked = cutoff_layers or (self._cutoff_layer,)
         if max(asked) > self._top:
-            self._top = 0
-            self._backbone, self._heads = None, {}  # never two copies in memory
-            self._use(max(asked))
+            self._use_more(max(asked))
         rows = self._rows_after(pack, set(asked))
         scores = [
             (self._backbone.norm(rows[layer]).float() * self._hidden_scale) @ self._heads[layer] for layer in asked
