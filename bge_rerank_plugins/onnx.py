@@ -10,17 +10,20 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import os
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
+from weakref import WeakSet
 
 from tokenizers import Tokenizer
 
-from .core.hub import commit_of, is_commit
+from .core.hub import commit_of, model_file, needed_file
 from .core.pairs import PairEncoder, layout_of
 from .core.sequences import TokenSequence, longest_pair
 from .core.words import Words
+from .lease import FORKED
 from .ranking import RankedPassage, check_cut, rank_scores, sigmoid
 from .settings import RerankSettings
 from .texts import checked_requests, checked_texts, requests_of_pairs, scores_by_request
@@ -97,9 +100,14 @@ class OnnxScorer:
             token=token,
         )
         self._file = file
-        self._lock = threading.Lock()
+        self._start()
+
+    def _start(self) -> None:
+        self._lock = threading.RLock()  # re-entrant: a signal's handler may close what its thread loads
         self._graph: _Graph | None = None
         self._closed = False
+        self._forked_while_loading = False
+        _scorers.add(self)
 
     def score(self, query: str, passages: Sequence[str]) -> list[float]:
         """Scores passages against a query.
@@ -178,9 +186,7 @@ class OnnxScorer:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._lock = threading.Lock()
-        self._graph = None
-        self._closed = False
+        self._start()
 
     def _scores(self, requests: Sequence[tuple[str, Sequence[str]]]) -> list[list[float]]:
         if not any(passages for _, passages in requests):
@@ -192,11 +198,35 @@ class OnnxScorer:
 
     def _loaded(self) -> _Graph:
         with self._lock:
-            if self._closed:
+            if self._forked_while_loading:
+                raise RuntimeError(FORKED)
+            graph = self._graph
+            if graph is None and not self._closed:
+                graph = _load(self._settings, self._file)
+            if graph is None or self._closed:  # or meanwhile
                 raise RuntimeError("this OnnxScorer is closed")
-            if self._graph is None:
-                self._graph = _load(self._settings, self._file)
-            return self._graph
+            self._graph = graph
+            return graph
+
+    def _forget_fork(self) -> None:
+        """In a forked copy of the process: drops the lock if a thread that is not there holds it, to load the graph."""
+        if self._lock.acquire(blocking=False):
+            self._lock.release()
+        else:
+            self._lock = threading.RLock()
+            self._forked_while_loading = self._graph is None
+
+
+_scorers: WeakSet[OnnxScorer] = WeakSet()
+
+
+def _after_fork() -> None:
+    for scorer in list(_scorers):
+        scorer._forget_fork()
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 class _Graph(NamedTuple):
@@ -250,7 +280,7 @@ def _load(settings: RerankSettings, file: str) -> _Graph:
         import onnxruntime
     except ImportError as error:
         raise ImportError('OnnxScorer needs ONNX Runtime: pip install "bge-rerank-plugins[onnx]"') from error
-    commit = commit_of(_needed(settings, "config.json"))  # of all files, also where the revision moves meanwhile
+    commit = commit_of(needed_file(settings, "config.json"))  # of all files, also where the revision moves meanwhile
     settings = settings.model_copy(update={"revision": commit or settings.revision})
     config = _config(settings)
     layout = layout_of(config.get("model_type"), settings.model, config.get("type_vocab_size"))
@@ -264,9 +294,9 @@ def _load(settings: RerankSettings, file: str) -> _Graph:
     words = Words(tokenizer, config.get("vocab_size"), settings.model)
     pairs = PairEncoder(words, layout, padding, settings, max_length, side)
     device, providers = _providers(settings.device, onnxruntime.get_available_providers())
-    graph = _needed(settings, file)
+    graph = needed_file(settings, file)
     for suffix in ("_data", ".data"):  # where a graph over 2 GB has its weights
-        _file(settings, file + suffix)
+        model_file(settings, file + suffix)
     try:
         session = onnxruntime.InferenceSession(str(graph), providers=providers)
     except Exception as error:  # what ONNX Runtime raises has no public type
@@ -283,7 +313,7 @@ def _config(settings: RerankSettings) -> dict[str, Any]:
     Raises:
         ValueError: It cannot be read or used.
     """
-    config = _object(_needed(settings, "config.json"), settings.model)
+    config = _object(needed_file(settings, "config.json"), settings.model)
     for name, kind in _TYPES.items():
         if not isinstance(value := config.get(name), kind | None):
             raise ValueError(f"model={settings.model!r}: its config.json cannot be used: {name}={value!r}")
@@ -296,7 +326,7 @@ def _tokenizer(settings: RerankSettings) -> tuple[Tokenizer, str]:
     Raises:
         ValueError: Its files cannot be read or used.
     """
-    file = _needed(settings, "tokenizer.json")
+    file = needed_file(settings, "tokenizer.json")
     try:
         tokenizer = Tokenizer.from_file(str(file))
     except Exception as error:  # what the Rust tokenizer raises has no type of its own
@@ -304,7 +334,7 @@ def _tokenizer(settings: RerankSettings) -> tuple[Tokenizer, str]:
     side = (tokenizer.truncation or {}).get("direction", "right")  # as transformers has it where nothing else is said
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    said = _file(settings, "tokenizer_config.json")
+    said = model_file(settings, "tokenizer_config.json")
     side = side if said is None else _object(said, settings.model).get("truncation_side", side)
     if side not in ("right", "left"):
         raise ValueError(f"model={settings.model!r}: truncation_side={side!r}: expected 'right' or 'left'")
@@ -337,41 +367,3 @@ def _providers(device: str | list[str] | None, available: Sequence[str]) -> tupl
     if kind == "cpu":
         return kind, ["CPUExecutionProvider"]
     return kind, [("CUDAExecutionProvider", {"device_id": int(index or 0)}), "CPUExecutionProvider"]
-
-
-def _needed(settings: RerankSettings, name: str) -> Path:
-    file = _file(settings, name)
-    if file is None:
-        raise ValueError(f"model={settings.model!r}: it has no {name}")
-    return file
-
-
-def _file(settings: RerankSettings, name: str) -> Path | None:
-    """Local path of a file, downloaded if need be; None if the model has no such file."""
-    local = Path(settings.model)
-    if local.is_dir():
-        return local / name if (local / name).is_file() else None
-    if local.is_absolute() or settings.model.startswith((".", "~")):
-        raise ValueError(f"model={settings.model!r}: no such directory")
-    from huggingface_hub import hf_hub_download, try_to_load_from_cache
-    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
-
-    if is_commit(settings.revision):
-        known = try_to_load_from_cache(settings.model, name, cache_dir=settings.cache_dir, revision=settings.revision)
-        if known is not None:
-            return Path(known) if isinstance(known, str) else None  # no path: known to be missing
-    try:
-        return Path(
-            hf_hub_download(
-                settings.model,
-                name,
-                revision=settings.revision,
-                cache_dir=settings.cache_dir,
-                local_files_only=settings.local_files_only,
-                token=settings.token,
-            )
-        )
-    except EntryNotFoundError:
-        return None
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
-        raise ValueError(f"model={settings.model!r}: {name} cannot be had: {error}") from error

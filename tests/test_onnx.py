@@ -65,6 +65,59 @@ def test_all_files_are_of_the_commit_that_was_found_first(exported: str, tmp_pat
     assert asked[1] == found_by
 
 
+LOADS = """
+import os
+import threading
+from bge_rerank_plugins import onnx
+load, held, done = onnx._load, threading.Event(), threading.Event()
+def slow(*arguments):
+    held.set()
+    interrupt()
+    return load(*arguments)
+onnx._load = slow
+scorer = onnx.OnnxScorer({!r}, device="cpu")
+def asked():
+    try:
+        print(len(scorer.score("a", ["b"])), flush=True)
+    except RuntimeError as error:
+        print(error, flush=True)
+"""
+
+
+def printed_by(program: str) -> list[str]:
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
+    assert ran.returncode == 0, ran.stderr
+    return ran.stdout.splitlines()
+
+
+def test_a_scorer_may_be_closed_by_a_signals_handler_while_it_loads(exported: str) -> None:
+    """The handler runs in the thread that loads, and waited for itself."""
+    ends = "def interrupt():\n    scorer.close()\nasked()\nprint(scorer._graph)"
+    assert printed_by(LOADS.format(exported) + ends) == ["this OnnxScorer is closed", "None"]
+
+
+def test_a_child_that_was_forked_while_a_graph_was_being_loaded_is_told(exported: str) -> None:
+    """It waited for the lock of a thread that it has not."""
+    forks = """
+def interrupt():
+    done.wait()
+thread = threading.Thread(target=scorer.warmup)
+thread.start()
+held.wait()
+child = os.fork()
+if child == 0:
+    asked()
+    os._exit(7)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+done.set()
+thread.join()
+asked()
+"""
+    told, scored = printed_by(LOADS.format(exported) + forks)
+    assert told.startswith("this process was forked while a thread was loading the model")
+    assert scored == "1"
+
+
 @pytest.fixture(scope="module")
 def graph(exported: str) -> OnnxScorer:
     return OnnxScorer(exported, device="cpu")
