@@ -3,6 +3,7 @@ import copy
 import itertools
 import math
 import pickle
+import shutil
 import threading
 from pathlib import Path
 
@@ -296,6 +297,17 @@ def test_a_copy_in_pydantics_old_way_shares_the_model_too(adapter):
     assert base._active_scorer() is scorers[0]
     assert scores_in_order(base) == before
     base.close()
+
+
+@ADAPTERS
+def test_a_copy_whose_options_were_never_checked_keeps_its_scorer(adapter, tmp_path, monkeypatch):
+    """A relative directory is never equal to what a scorer made of it: there was a new one at every call."""
+    shutil.copytree(MODEL, tmp_path / "model")
+    monkeypatch.chdir(tmp_path)
+    copied = adapter(model=MODEL).model_copy(update={"model": "model"})
+    assert copied._active_scorer() is copied._active_scorer()
+    other = copied.model_copy(update={"normalize": True})
+    assert other._active_scorer() is not copied._active_scorer()
 
 
 @ADAPTERS
