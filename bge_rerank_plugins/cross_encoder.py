@@ -6,15 +6,19 @@ tensors are asked for, and nothing of mteb before that asks.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from .identity import asked_options, digest, local_files
 from .ranking import check_cut, rank_scores
+from .scorer import Scorer
+from .settings import RerankSettings
 from .texts import checked_texts
 
-if TYPE_CHECKING:
-    from .scorer import Scorer
+_NO_EXPERIMENT = ("model", "revision", "cutoff_layer", "max_batch_tokens")
+"""Options that mteb hears of by the model's name and revision, and one that changes the time alone."""
 
 
 class EvaluationResults:
@@ -176,13 +180,18 @@ class ScorerCrossEncoder:
     def mteb_model_meta(self) -> Any:
         """What mteb wants to know of a model: its name as organisation/name, its revision and that it is a cross-encoder.
 
+        mteb keeps results by these. Options that are not the defaults and the files of a local checkpoint make results an
+        experiment of their own in its cache; those of a hub model with the default options are under its plain name.
+
         Raises:
-            ImportError: mteb is not installed.
+            ImportError: mteb is not installed, or one without experiments.
         """
         try:
             from mteb.models import ModelMeta
         except ImportError as error:
             raise ImportError("this is for mteb, which is not installed: pip install mteb") from error
+        if "experiment_kwargs" not in ModelMeta.model_fields:
+            raise ImportError('this mteb does not tell runs with other options apart: pip install "mteb>=2.10"')
 
         settings = self.scorer.settings
         local = settings.model.count("/") != 1 or Path(settings.model).exists()
@@ -195,8 +204,26 @@ class ScorerCrossEncoder:
                 "model_type": ["cross-encoder"],
                 "framework": ["PyTorch"],
                 "modalities": ["text"],
+                "experiment_kwargs": _experiment(self.scorer) or None,
             }
         )
+
+
+def _experiment(scorer: Scorer) -> dict[str, Any]:
+    """What scores depend on besides the name and the revision, each with a value that mteb can name a folder by."""
+    settings = scorer.settings
+    values = {
+        name: value
+        for name, value in asked_options(settings).items()
+        if name not in _NO_EXPERIMENT and value != RerankSettings.model_fields[name].default
+    }
+    if files := local_files(settings):
+        values["files"] = [settings.model, files]
+    if type(scorer) is not Scorer:  # it may score as it likes
+        values["scorer"] = f"{type(scorer).__module__}.{type(scorer).__qualname__}"
+    # mteb makes all of /, : and the like one letter, and some file systems take upper for lower case.
+    plain = re.compile("[a-z0-9]{1,16}|True")
+    return {name: value if plain.fullmatch(str(value)) else digest(value)[:12] for name, value in values.items()}
 
 
 def _texts(batches: Iterable[dict[str, Any]]) -> list[str]:

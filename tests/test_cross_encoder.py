@@ -1,6 +1,9 @@
 """A scorer in the shape of sentence-transformers' `CrossEncoder`: its evaluators and mteb take it and see its scores."""
 
 import math
+import re
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -198,3 +201,79 @@ def test_mteb_hears_the_models_name_revision_and_layer() -> None:
     assert (meta.name, meta.revision) == ("BAAI/bge-reranker-v2-minicpm-layerwise-layer-28", "abc")
     assert meta.model_type == ["cross-encoder"]
     assert meta.is_cross_encoder
+    assert meta.experiment_name is None, "where published results are"
+
+
+def test_mteb_hears_of_options_by_values_that_can_be_read() -> None:
+    pytest.importorskip("mteb", reason="mteb needs Python 3.11 or later")
+    scorer = Scorer(
+        "org/name", max_length=512, dtype="bfloat16", normalize=True, peft_path="org/adapter", cache_dir="c"
+    )
+
+    name = scorer.as_cross_encoder().mteb_model_meta.experiment_name
+
+    assert re.fullmatch("dtype_bfloat16__max_length_512__normalize_True__peft_path_[0-9a-f]{12}", name)
+
+
+class Backwards(Scorer):
+    """The worst first."""
+
+    def score(self, query: str, passages: Any) -> list[float]:
+        return [-score for score in super().score(query, passages)]
+
+
+def _trained(folder: Path, adapter: Path) -> None:
+    """A LoRA adapter on a cross-encoder, another one each time."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForSequenceClassification
+
+    model = AutoModelForSequenceClassification.from_pretrained(folder)
+    options = LoraConfig(r=4, init_lora_weights=False, target_modules=["query", "value"])
+    get_peft_model(model, options).save_pretrained(adapter)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # mteb's own
+def test_mteb_keeps_the_results_of_every_scorer_apart(tmp_path: Path) -> None:
+    """It takes what its cache has of a model, and heard neither of options nor of other files in a folder of the same name."""
+    mteb = pytest.importorskip("mteb", reason="mteb needs Python 3.11 or later")
+    from safetensors.torch import load_file, save_file
+
+    cache = mteb.ResultCache(tmp_path / "cache")
+    one, other, adapter = tmp_path / "one" / "model", tmp_path / "other" / "model", tmp_path / "adapter"
+    shutil.copytree(DATA / "encoder", one)
+    shutil.copytree(DATA / "decoder", other)
+
+    def figure(scorer: Scorer, cache: Any) -> tuple[float, bool]:
+        """What mteb says of a scorer, and whether it was scored for that."""
+        with scorer:
+            result = mteb.evaluate(
+                scorer.as_cross_encoder(), _task("Reranking")[0], cache=cache, show_progress_bar=False
+            )
+            return result.task_results[0].get_score(), scorer.stats()["pairs"] > 0
+
+    def negate_weights() -> None:
+        weights = load_file(one / "model.safetensors")
+        save_file({name: -weight for name, weight in weights.items()}, one / "model.safetensors", {"format": "pt"})
+
+    runs: list[tuple[type[Scorer], Path, dict[str, Any], Callable[[], None]]] = [
+        (Scorer, one, {}, lambda: None),
+        (Scorer, one, {"max_length": 8}, lambda: None),
+        (Scorer, one, {"query_instruction": "a/b: "}, lambda: None),
+        (Scorer, one, {"query_instruction": "a:b/ "}, lambda: None),
+        (Scorer, one, {"peft_path": str(adapter)}, lambda: _trained(one, adapter)),
+        (Scorer, one, {"peft_path": str(adapter)}, lambda: _trained(one, adapter)),
+        (Scorer, one, {}, negate_weights),
+        (Backwards, one, {}, lambda: None),
+        (Scorer, other, {}, lambda: None),
+        (Scorer, other, {"prompt": "Is it? " * 100}, lambda: None),
+        (Scorer, other, {"prompt": "Is it? " * 100 + "Yes?"}, lambda: None),
+    ]
+    figures = set()
+    for kind, model, options, prepare in runs:
+        prepare()
+        options = {"dtype": "float32", "device": "cpu"} | options
+        worth, _ = figure(kind(str(model), **options), None)
+        assert figure(kind(str(model), **options), cache) == (worth, True)
+        assert figure(kind(str(model), **options, max_batch_tokens=999), cache) == (worth, False)
+        figures.add(worth)
+    assert len(figures) > 4

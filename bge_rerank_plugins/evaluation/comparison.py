@@ -5,7 +5,6 @@ Knows nothing of files of data, of models or of the terminal.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -18,6 +17,7 @@ from typing import Any
 from .. import __version__
 from ..adapter import SupportsScore, checked_scores
 from ..files import write_whole
+from ..identity import asked_options, digest, local_files
 from ..jsonl import InputError
 from ..ranking import rank_scores
 from ..scorer import Scorer
@@ -25,12 +25,6 @@ from .inputs import JudgedSet, Run
 from .measures import Quality, measure, p_value, parse_measures, recall_of_candidates, trec_scores
 from .settings import MEASURES
 from .store import ScoreStore, check_same_data
-
-_NOT_ASKED = frozenset({"show_progress", "token", "cache_dir", "local_files_only", "max_queued_tokens", "when_full"})
-"""Options that change neither scores nor time."""
-
-_LOADED = (".json", ".safetensors", ".txt", ".model")
-"""Endings of a checkpoint's files that scores depend on: config, weights, the tokenizer in any of its forms."""
 
 
 @dataclass(frozen=True)
@@ -130,7 +124,7 @@ def evaluate(
     """
     parsed = parse_measures(measures)
     names = tuple(map(str, parsed))
-    digest = _digest(data.name, dict(data.queries), {query: dict(judged) for query, judged in data.qrels.items()})
+    data_digest = digest(data.name, dict(data.queries), {query: dict(judged) for query, judged in data.qrels.items()})
     folder = None if output is None else Path(output)
     if folder is not None:
         for each in {*data.queries, *chain.from_iterable(candidates.values())}:
@@ -138,7 +132,7 @@ def evaluate(
                 raise InputError(
                     f"output={str(output)!r}: a TREC run holds no id that is empty or has blanks: {each!r}"
                 )
-        check_same_data(folder / "results.json", digest)
+        check_same_data(folder / "results.json", data_digest)
         folder.mkdir(parents=True, exist_ok=True)
     store = ScoreStore(None if folder is None else folder / "scores.jsonl")
     base = System(first_stage, candidates, measure(parsed, data, candidates))
@@ -152,7 +146,7 @@ def evaluate(
         systems.append(System(name, run, quality, significance, pairs, seconds))
     report = Report(data, names, tuple(systems), recall_of_candidates(data, candidates))
     if folder is not None:
-        _write(report, folder, digest)
+        _write(report, folder, data_digest)
     return report
 
 
@@ -176,7 +170,7 @@ def _rerank(
             advance()
             continue
         passages = [data.passages[passage] for passage in found]
-        key = _digest(identity, text, passages)
+        key = digest(identity, text, passages)
         record = store.get(key)
         if record is None:
             try:
@@ -196,28 +190,18 @@ def _rerank(
 
 
 def _identity(name: str, scorer: SupportsScore) -> Any:
-    """What scores and time depend on besides the texts. A local checkpoint is known by its files' sizes and times."""
+    """What scores and time depend on besides the texts."""
     if not isinstance(scorer, Scorer):
         return name
-    settings = scorer.settings
-    files: list[tuple[str, int, int]] = []
-    for place in (settings.model, settings.peft_path):
-        if place is not None and Path(place).is_dir():
-            paths = sorted(path for path in Path(place).iterdir() if path.suffix in _LOADED)
-            files += [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
-    return [__version__, settings.model_dump(exclude=set(_NOT_ASKED)), files]
+    return [__version__, asked_options(scorer.settings), local_files(scorer.settings)]
 
 
-def _digest(*asked: Any) -> str:
-    return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:32]
-
-
-def _write(report: Report, folder: Path, digest: str) -> None:
+def _write(report: Report, folder: Path, data_digest: str) -> None:
     """The files of an evaluation."""
     results = {
         "data": {
             "name": report.data.name,
-            "digest": digest,
+            "digest": data_digest,
             "queries": len(report.data.queries),
             "queries_without_relevant": report.data.queries_without_relevant,
             "passages": len(report.data.passages),
