@@ -18,6 +18,7 @@ from finetune_data import accuracy, toy_lines, write_lines
 
 from bge_rerank_plugins import Scorer
 from bge_rerank_plugins.cli import main
+from bge_rerank_plugins.core.decoder import Decoder
 from bge_rerank_plugins.finetune import FinetuneSettings, finetune
 from bge_rerank_plugins.finetune.batches import Collator
 from bge_rerank_plugins.finetune.data import Group
@@ -71,6 +72,19 @@ def test_a_family_learns_a_separable_task_and_ranks_held_out_pairs(
     assert f"peft_path='{folder}'" in captured.out if is_adapter else f"Scorer('{folder}')" in captured.out
 
 
+def moved_and_saved(settings: FinetuneSettings, folder: Path) -> list[float]:
+    """Scores in training, with every trained weight moved away from where it was, of what is then in the folder."""
+    trainee = trainee_of(settings).eval()
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in trainee.parameters():
+            if parameter.requires_grad:
+                parameter += 0.02 * torch.randn_like(parameter)
+        scores: list[float] = trainee(**Collator(trainee.encoder())([Group(QUERY, PASSAGES)]))[:, -1].tolist()
+    trainee.export(folder)
+    return scores
+
+
 @pytest.mark.parametrize("merge", [False, True], ids=["plain", "merged"])
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 @pytest.mark.parametrize("family", FAMILIES)
@@ -82,20 +96,24 @@ def test_scores_before_saving_are_those_after_loading(family: str, lora: bool, m
         model=str(DATA / family), data="-", output_dir="-", lora=lora, merge=merge, query_max_len=9, passage_max_len=31,
         **prompt, **instructions,
     )  # fmt: skip
-    trainee = trainee_of(settings).eval()
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for parameter in trainee.parameters():
-            if parameter.requires_grad:
-                parameter += 0.02 * torch.randn_like(parameter)
-        before = trainee(**Collator(trainee.encoder())([Group(QUERY, PASSAGES)]))[:, -1].tolist()
-    trainee.export(tmp_path)
+    before = moved_and_saved(settings, tmp_path)
 
     options: dict[str, Any] = {"query_max_length": 9, "max_length": 40, **prompt, **instructions}
     where = {"model": settings.model, "peft_path": str(tmp_path)} if lora and not merge else {"model": str(tmp_path)}
     with Scorer(settings.model, **options) as untrained:
         assert untrained.score(QUERY, PASSAGES) != pytest.approx(before, abs=1e-3)
     with Scorer(**where, **options) as scorer:
+        assert scorer.score(QUERY, PASSAGES) == pytest.approx(before, abs=1e-4)
+
+
+@pytest.mark.parametrize("architecture", Decoder.architectures)
+def test_every_language_model_is_scored_as_it_was_trained(
+    architecture: str, causal_dirs: dict[str, str], tmp_path: Path
+) -> None:
+    """Gemma 2 could not be trained: transformers has no SDPA with its soft caps."""
+    model = causal_dirs[architecture.removesuffix("ForCausalLM")]
+    before = moved_and_saved(FinetuneSettings(model=model, data="-", output_dir="-", lora=False), tmp_path)
+    with Scorer(str(tmp_path)) as scorer:
         assert scorer.score(QUERY, PASSAGES) == pytest.approx(before, abs=1e-4)
 
 

@@ -84,8 +84,10 @@ class DecoderTrainee(Trainee):
         prompt = Prompt(self.checkpoint, rerank_settings(self.settings), config.max_position_embeddings)
         self._answer = prompt.answer_id
         self._softcap: float | None = getattr(config, "final_logit_softcapping", None)
+        # transformers has no SDPA with the soft caps of Gemma 2's attention.
+        attention = "eager" if config.model_type == "gemma2" else ATTENTION
         return load_model(
-            self.checkpoint, AutoModelForCausalLM, config, dtype, torch.device("cpu"), attention=ATTENTION
+            self.checkpoint, AutoModelForCausalLM, config, dtype, torch.device("cpu"), attention=attention
         )
 
     def _scores(self, pairs: Padded) -> Tensor:
