@@ -117,6 +117,25 @@ def test_every_language_model_is_scored_as_it_was_trained(
         assert scorer.score(QUERY, PASSAGES) == pytest.approx(before, abs=1e-4)
 
 
+@pytest.mark.parametrize("merge", [False, True], ids=["plain", "merged"])
+def test_an_adapter_on_words_leaves_the_output_words_that_are_tied_to_them(merge: bool, tmp_path: Path) -> None:
+    """Merging into one side changed the other one, which training had left as it was; also where another comes on top."""
+    words = FinetuneSettings(
+        model=str(DATA / "decoder"), data="-", output_dir="-", merge=merge, target_modules="embed_tokens"
+    )
+    before = moved_and_saved(words, tmp_path / "words")
+    where = (
+        {"model": str(tmp_path / "words")} if merge else {"model": words.model, "peft_path": str(tmp_path / "words")}
+    )
+    with Scorer(**where) as scorer:
+        assert scorer.score(QUERY, PASSAGES) == pytest.approx(before, abs=1e-4)
+    for targets in ("embed_tokens", "q_proj"):
+        on_top = FinetuneSettings(**where, data="-", output_dir="-", lora=True, merge=True, target_modules=targets)
+        before = moved_and_saved(on_top, tmp_path / targets)
+        with Scorer(str(tmp_path / targets)) as scorer:
+            assert scorer.score(QUERY, PASSAGES) == pytest.approx(before, abs=1e-4), targets
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_dropout_can_be_set_and_is_not_saved(family: str, tmp_path: Path) -> None:
     def spread(dropout: float | None) -> float:

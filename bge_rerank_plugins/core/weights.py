@@ -97,8 +97,7 @@ def _merge_adapter(checkpoint: Checkpoint, model: PreTrainedModel, peft_path: st
     try:
         with alone_and_quiet(checkpoint.show_progress):
             adapted = PeftModel.from_pretrained(model, checkpoint.adapter_folder)
-            if any(part in name for name in names for part in ("lm_head", "embed_tokens")):
-                _untie(model)
+            untie_words(model, names)
             expected = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
             # What the adapter has beyond that may belong to layers that are not loaded.
             if absent := expected - names:
@@ -122,11 +121,17 @@ def _adapter_names(checkpoint: Checkpoint) -> set[str]:
     return set(load_peft_weights(checkpoint.adapter_folder, device="cpu"))
 
 
-def _untie(model: Any) -> None:
-    """Gives the output words of a model with an adapter weights of their own, so that what is merged into one side stays there.
+def untie_words(model: Any, names: Collection[str]) -> None:
+    """Gives the output words of a model weights of their own, so that what is merged into one side stays there.
 
     After peft has seen that they are tied: some adapters are for both sides, and then bring their part for each.
+
+    Args:
+        model: The model inside the adapter.
+        names: Names of the adapter's weights; without any on words, nothing is done.
     """
+    if not any(part in name for name in names for part in ("lm_head", "embed_tokens")):
+        return
     words, output = _without_adapter(model.get_input_embeddings()), _without_adapter(model.get_output_embeddings())
     weight = getattr(output, "weight", None)  # a head for each layer has none
     if weight is not None and weight is words.weight:
@@ -162,7 +167,8 @@ def alone_and_quiet(show_progress: bool) -> Iterator[None]:
     """
     with _one_load_at_a_time, warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
-        warnings.filterwarnings("ignore", "Found missing adapter keys")
+        for of_peft in ("Found missing adapter keys", "Model has `tie_word_emb", "Setting `save_embedding_layers`"):
+            warnings.filterwarnings("ignore", of_peft)
         bars = transformers_logging.is_progress_bar_enabled() and not show_progress
         verbosity = transformers_logging.get_verbosity()
         if bars:

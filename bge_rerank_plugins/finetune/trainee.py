@@ -21,7 +21,7 @@ from ..core.checkpoint import UNFIT
 from ..core.prompt import Prompt
 from ..core.sequences import TokenSequence
 from ..core.tokenizer import load_tokenizer
-from ..core.weights import alone_and_quiet
+from ..core.weights import alone_and_quiet, untie_words
 from .checkpoints import TrainingCheckpoint, rerank_settings
 from .settings import FinetuneSettings
 
@@ -200,6 +200,7 @@ class Trainee(nn.Module, ABC):
     def export(self, folder: Path) -> None:
         """Writes what the user gets when the training is over: as `save`, or the model with its adapter merged."""
         if self.uses_lora and self.must_merge:
+            untie_words(self.inner, [name for name, weight in self.network.named_parameters() if weight.requires_grad])
             self.network = self.network.merge_and_unload()
             self.uses_lora = False
         self.save(folder)
