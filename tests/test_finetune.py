@@ -117,6 +117,19 @@ def test_every_language_model_is_scored_as_it_was_trained(
         assert scorer.score(QUERY, PASSAGES) == pytest.approx(before, abs=1e-4)
 
 
+def test_a_soft_cap_that_the_model_does_not_look_at_is_not_trained_with(
+    causal_dirs: dict[str, str], tmp_path: Path
+) -> None:
+    """The scores of a Gemma were capped in training, as those of Gemma 2 are, and not after it."""
+    model = tmp_path / "named"
+    shutil.copytree(causal_dirs["Gemma"], model)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"final_logit_softcapping": 0.5}))
+    before = moved_and_saved(FinetuneSettings(model=str(model), data="-", output_dir="-", lora=False), tmp_path / "out")
+    with Scorer(str(tmp_path / "out")) as scorer:
+        assert scorer.score(QUERY, PASSAGES) == pytest.approx(before, abs=1e-4)
+
+
 @pytest.mark.parametrize("merge", [False, True], ids=["plain", "merged"])
 def test_an_adapter_on_words_leaves_the_output_words_that_are_tied_to_them(merge: bool, tmp_path: Path) -> None:
     """Merging into one side changed the other one, which training had left as it was; also where another comes on top."""

@@ -49,10 +49,7 @@ class Decoder:
         work_in_place(self._backbone)
         LastRows(self._backbone.layers[-1])
         self._answer_row = model.get_output_embeddings().weight[prompt.answer_id].float().clone()  # without the head
-        # Configs of other models may name one, too, which those models do not look at.
-        self._softcap: float | None = (
-            model.config.final_logit_softcapping if model.config.model_type == "gemma2" else None
-        )
+        self._softcap = softcap_of(model.config)
 
     @classmethod
     def load(
@@ -100,6 +97,12 @@ class Decoder:
         ).last_hidden_state
         logits = hidden[0, : len(pack.last_rows)].float() @ self._answer_row
         return logits if self._softcap is None else self._softcap * torch.tanh(logits / self._softcap)
+
+
+def softcap_of(config: Any) -> float | None:
+    """Bound of the logits; Gemma 2's alone: configs of other models may name one, too, which those models do not look at."""
+    softcap: float | None = config.final_logit_softcapping if config.model_type == "gemma2" else None
+    return softcap
 
 
 def _checked(checkpoint: Checkpoint, settings: RerankSettings) -> tuple[Any, Prompt]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from ..core.decoder import Decoder
+from ..core.decoder import Decoder, softcap_of
 from ..core.encoder import Encoder, pair_encoder
 from ..core.families import family_of
 from ..core.layerwise import Layerwise, LayerwiseModel, check_layers, granite_config, hidden_scale, layers_of
@@ -83,7 +83,7 @@ class DecoderTrainee(Trainee):
         config = self.checkpoint.transformers_config()
         prompt = Prompt(self.checkpoint, rerank_settings(self.settings), config.max_position_embeddings)
         self._answer = prompt.answer_id
-        self._softcap: float | None = getattr(config, "final_logit_softcapping", None)
+        self._softcap = softcap_of(config)
         # transformers has no SDPA with the soft caps of Gemma 2's attention.
         attention = "eager" if config.model_type == "gemma2" else ATTENTION
         return load_model(
