@@ -252,23 +252,26 @@ def test_a_base_model_becomes_a_reranker(family: str, lora: bool, tmp_path: Path
             assert set(scorer.score_layers(QUERY, PASSAGES, range(8, 12))) == {8, 9, 10, 11}
 
 
-def test_a_bert_trained_for_masked_words_is_merged_with_its_adapter(
-    classifier_dirs: dict[str, str], tmp_path: Path
+@pytest.mark.parametrize("merge", [False, True], ids=["plain", "merged"])
+@pytest.mark.parametrize("base", ["BertForMaskedLM", "BertModel without a pooler", "BertModel"])
+def test_a_pooler_that_is_new_comes_with_the_adapter(
+    base: str, merge: bool, classifier_dirs: dict[str, str], tmp_path: Path
 ) -> None:
-    """Its pooler is new, and in no adapter."""
-    from transformers import BertConfig, BertForMaskedLM
+    """It stood in no file, so that the adapter could not be loaded."""
+    from transformers import BertConfig, BertForMaskedLM, BertModel
 
-    base = tmp_path / "base"
-    shutil.copytree(classifier_dirs["bert"], base)
+    model = tmp_path / "base"
+    shutil.copytree(classifier_dirs["bert"], model)
+    config = BertConfig.from_pretrained(model)
     torch.manual_seed(0)
-    BertForMaskedLM(BertConfig.from_pretrained(base)).save_pretrained(base)
-    trainee = trainee_of(FinetuneSettings(model=str(base), data="-", output_dir="-", lora=True)).eval()
-    with torch.no_grad():
-        before = trainee(**Collator(trainee.encoder())([Group(QUERY, PASSAGES)]))[:, -1].tolist()
-    trainee.export(tmp_path / "out")
+    made = BertForMaskedLM(config) if base == "BertForMaskedLM" else BertModel(config, base == "BertModel")
+    made.save_pretrained(model)
+    settings = FinetuneSettings(model=str(model), data="-", output_dir="-", lora=True, merge=merge)
+    before = moved_and_saved(settings, tmp_path / "out")
 
     assert len(set(before)) == len(PASSAGES)
-    with Scorer(str(tmp_path / "out")) as scorer:
+    where = {"model": tmp_path / "out"} if merge else {"model": model, "peft_path": tmp_path / "out"}
+    with Scorer(**{name: str(path) for name, path in where.items()}) as scorer:  # type: ignore[arg-type]
         assert scorer.score(QUERY, PASSAGES) == pytest.approx(before, abs=1e-4)
 
 

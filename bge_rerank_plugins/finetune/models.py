@@ -43,6 +43,8 @@ class EncoderTrainee(Trainee):
             )
         config = self.checkpoint.transformers_config()
         layout = layout_of(config.model_type, self.checkpoint.model)
+        if self.checkpoint.is_base_model:
+            self.trained_whole = ("pooler",)  # BERT's; where it is new, it is in no file but the adapter's
         self._first_position = layout.first_position(config.pad_token_id, self.checkpoint.model)
         return load_model(
             self.checkpoint,
@@ -53,12 +55,6 @@ class EncoderTrainee(Trainee):
             attention=ATTENTION,
             may_lack=("classifier.", "bert.pooler.") if self.checkpoint.is_base_model else (),
         )
-
-    @property
-    def must_merge(self) -> bool:
-        """A pooler that is new, as in BERT that was trained for masked words, is in no adapter."""
-        masked = "BertForMaskedLM" in self.checkpoint.published_architectures
-        return super().must_merge or masked
 
     def encoder(self) -> Callable[[str | None], Encode]:
         """What makes token ids of a query and its passages; a cross-encoder has no prompt."""
