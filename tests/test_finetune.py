@@ -130,6 +130,27 @@ def test_a_soft_cap_that_the_model_does_not_look_at_is_not_trained_with(
         assert scorer.score(QUERY, PASSAGES) == pytest.approx(before, abs=1e-4)
 
 
+def test_an_adapter_on_the_head_is_refused_where_it_would_not_be_trained(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One row of the head is read, past its adapter, which was then saved as it had begun."""
+    data, out = write_lines(tmp_path / "train.jsonl", toy_lines(4, 0)), tmp_path / "out"
+    command = ["finetune", str(DATA / "decoder"), "--data", data, "--output-dir", str(out)]
+    assert main([*command, "--target-modules=q_proj,lm_head"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "target_modules=['q_proj', 'lm_head']: 'lm_head' is the head" in line
+    assert "q_proj, k_proj, v_proj, o_proj" in line
+    assert "lora=False" in line
+    assert not out.exists()
+
+    trained_whole = FinetuneSettings(
+        model=str(DATA / "layerwise"), data="-", output_dir="-", target_modules=["q_proj", "linear_head"]
+    )
+    moved_and_saved(trained_whole, out)
+    with pytest.raises(ValueError, match="'lm_head' is the head"):
+        trainee_of(trained_whole.model_copy(update={"target_modules": ["lm_head"]}))
+
+
 @pytest.mark.parametrize("merge", [False, True], ids=["plain", "merged"])
 def test_an_adapter_on_words_leaves_the_output_words_that_are_tied_to_them(merge: bool, tmp_path: Path) -> None:
     """Merging into one side changed the other one, which training had left as it was; also where another comes on top."""

@@ -132,8 +132,14 @@ class Trainee(nn.Module, ABC):
         targets = settings.target_modules or list(self.lora_targets)
         names = [name for name, _ in self.network.named_modules()]
         for target in [targets] if isinstance(targets, str) else targets:
-            if not any(name == target or name.endswith(f".{target}") for name in names):
+            layers = [name for name in names if f".{name}".endswith(f".{target}")]
+            if not layers:
                 raise ValueError(f"target_modules={targets!r}: {settings.model!r} has no layer {target!r}")
+            if target not in self.trained_whole and any(name.startswith("lm_head") for name in layers):
+                raise ValueError(
+                    f"target_modules={targets!r}: {target!r} is the head, of which single rows are read, past any adapter; "
+                    f"take others, such as {', '.join(self.lora_targets)}, or lora=False, which trains the head too"
+                )
         config = LoraConfig(
             task_type=self.lora_task,
             r=settings.lora_rank,
