@@ -350,6 +350,18 @@ def test_a_run_is_not_resumed_with_other_settings_and_not_started_in_a_used_fold
     assert capsys.readouterr().out == said
 
 
+def test_a_run_in_bfloat16_that_is_over_may_be_resumed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Where nothing was left to train, its held-out lines were scored without autocast, and the types did not fit."""
+    data, out = write_lines(tmp_path / "train.jsonl", toy_lines(24, 0)), tmp_path / "out"
+    command = ["finetune", str(DATA / "encoder"), "--data", data, "--output-dir", str(out), "--train-group-size=3"]
+    command += ["--max-steps=2", "--lora", "--bf16"]
+    assert main(command) == 0
+    said = capsys.readouterr().out
+    assert "held-out MRR" in said
+    assert main([*command, "--resume"]) == 0
+    assert capsys.readouterr().out == said
+
+
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 def test_a_damaged_checkpoint_is_named(lora: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data, out = write_lines(tmp_path / "train.jsonl", toy_lines(8, 0)), tmp_path / "out"

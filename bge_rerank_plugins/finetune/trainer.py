@@ -97,7 +97,7 @@ class RankingTrainer(Trainer):
         """Scores of a group's passages. Shape (passages, heads)."""
         model = self._trainee.eval()
         found = []
-        with torch.inference_mode(), self.compute_loss_context_manager():
+        with torch.inference_mode(), self.accelerator.autocast():  # of `bf16`, also where nothing is trained any more
             for start in range(0, len(group.passages), PAIRS_AT_ONCE):
                 part = Group(group.query, group.passages[start : start + PAIRS_AT_ONCE], prompt=group.prompt)
                 found.append(model(**self._prepare_inputs(self._collator([part]))).cpu())
