@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -200,6 +201,40 @@ def test_held_out_lines_are_not_trained_on() -> None:
     assert not {example.place for example in training} & {example.place for example in held_out}
     assert split_held_out(examples, 0, 500, 0) == (examples, [])
     assert len(split_held_out(examples, 0.9, 7, 0)[1]) == 7
+
+
+def test_what_answers_a_query_on_a_held_out_line_is_no_negative_of_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With a line for each positive, one of another line was drawn as a negative of the query that it answers."""
+    lines = [{"query": "q", "pos": ["a"], "neg": ["b"]}, {"query": "r", "pos": ["c"], "neg": ["A 2"]}]
+    held_out = [{"query": "Q ", "pos": ["a 2"], "neg": []}]
+    groups = Groups([*map(example_of, lines)], 3, 0, held_out=[*map(example_of, held_out)])
+    for groups.epoch in range(20):
+        assert groups[0].passages == ["a", "b", "c"]
+
+    data, more = write_lines(tmp_path / "data.jsonl", lines), write_lines(tmp_path / "more.jsonl", held_out)
+    flags = ["--eval-data", more, "--train-group-size=4"]
+    assert main([*command_line("finetune", data, str(tmp_path / "out")), *flags]) == 2
+    assert "data.jsonl:1: only 2 negatives" in capsys.readouterr().err
+
+
+@given(
+    queries=st.lists(st.sampled_from(["q", "Q ", "r", "s", "t"]), min_size=1, max_size=12),
+    share=st.floats(0, 1, exclude_max=True),
+    most=st.integers(1, 12),
+)
+def test_a_query_is_held_out_with_all_its_lines_or_not_at_all(queries: list[str], share: float, most: int) -> None:
+    """MRR on held-out lines was that of queries that had been trained on."""
+    examples = [example_of({"query": query, "pos": ["a"], "neg": []}, str(i)) for i, query in enumerate(queries)]
+    training, held_out = split_held_out(examples, share, most, 0)
+    assert not {same_text(example.query) for example in training} & {same_text(example.query) for example in held_out}
+    assert sorted([*training, *held_out], key=lambda example: int(example.place)) == examples
+    assert training
+    assert len(held_out) <= most
+    largest = max(Counter(map(same_text, queries)).values())
+    if share and largest <= min(most, len(queries) - 1):
+        assert held_out
 
 
 # Losses.

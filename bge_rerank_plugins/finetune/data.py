@@ -7,6 +7,7 @@ drawn. Knows nothing of tokens or models.
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -123,12 +124,22 @@ def same_text(text: str) -> str:
 
 
 def split_held_out(examples: list[Example], share: float, most: int, seed: int) -> tuple[list[Example], list[Example]]:
-    """Lines to train on and lines to measure MRR on, each in the order of the file."""
-    count = min(most, len(examples) - 1, max(1, round(share * len(examples)))) if share else 0
-    held_out = set(random.Random(f"{seed} held out").sample(range(len(examples)), count))
+    """Lines to train on and lines to measure MRR on, each in the order of the file; those of one query stay together.
+
+    As few queries are held out as have that share of the lines, and never more than `most` lines, nor all of them.
+    """
+    lines = Counter(same_text(example.query) for example in examples)
+    most = min(most, len(examples) - 1)
+    count = min(most, max(1, round(share * len(examples)))) if share else 0
+    held_out: set[str] = set()
+    held = 0
+    for query in random.Random(f"{seed} held out").sample(list(lines), min(count, len(lines))):
+        if held < count and held + lines[query] <= most:
+            held_out.add(query)
+            held += lines[query]
     parts: tuple[list[Example], list[Example]] = ([], [])
-    for number, example in enumerate(examples):
-        parts[number in held_out].append(example)
+    for example in examples:
+        parts[same_text(example.query) in held_out].append(example)
     return parts
 
 
@@ -140,6 +151,7 @@ class Groups:
         size: Passages of a group.
         seed: Fixes what is drawn.
         scored: Whether groups have a teacher's scores.
+        held_out: Lines that nothing is drawn from, but whose positives are no negatives of their queries.
 
     Attributes:
         epoch: Number of the pass, from 0; set before it begins.
@@ -148,12 +160,20 @@ class Groups:
         InputErrors: Lines for which too few negatives can be had.
     """
 
-    def __init__(self, examples: Sequence[Example], size: int, seed: int, *, scored: bool = False) -> None:
+    def __init__(
+        self,
+        examples: Sequence[Example],
+        size: int,
+        seed: int,
+        *,
+        scored: bool = False,
+        held_out: Sequence[Example] = (),
+    ) -> None:
         self._examples = examples
         self._size = size
         self._seed = seed
         self._scored = scored
-        self._corpus = Corpus(examples)
+        self._corpus = Corpus(examples, held_out)
         self.epoch = 0
         too_few = [error for example in examples if (error := self._corpus.lack(example, size - 1))]
         if too_few:
@@ -188,15 +208,20 @@ def evaluation_groups(examples: Sequence[Example], corpus: Corpus, size: int, se
 
 
 class Corpus:
-    """All passages of the data, to draw negatives from where a line has too few."""
+    """All passages of the data, to draw negatives from where a line has too few.
 
-    def __init__(self, examples: Sequence[Example]) -> None:
+    Args:
+        examples: The lines with these passages.
+        others: Lines of which only the positives matter: they are no negatives of their queries.
+    """
+
+    def __init__(self, examples: Sequence[Example], others: Sequence[Example] = ()) -> None:
         texts: dict[str, str] = {}
         for example in examples:
             for text in (*example.pos, *example.neg):
                 texts.setdefault(same_text(text), text)
         self._keys, self._texts = list(texts), list(texts.values())
-        self._positives = positives_by_query(examples)
+        self._positives = positives_by_query([*examples, *others])
 
     def others(self, example: Example, count: int, draw: random.Random) -> list[str]:
         """So many passages that are neither the line's own nor positives of its query; fewer if there are no more."""

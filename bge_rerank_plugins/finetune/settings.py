@@ -54,7 +54,10 @@ class FinetuneSettings(Settings):
         default=None, description="More such lines to measure MRR on; by default some lines of the data are held out."
     )
     held_out: float = Field(
-        default=0.1, ge=0, lt=1, description="Share of the lines that is held out where there is no eval_data; 0: none."
+        default=0.1,
+        ge=0,
+        lt=1,
+        description="Share of the lines that is held out, by whole queries, where there is no eval_data; 0: none.",
     )
     max_held_out: int = Field(default=500, ge=1, description="Most lines that are held out.")
 

@@ -69,7 +69,13 @@ def finetune(settings: FinetuneSettings) -> FinetuneResult:
         ImportError: Something of the extra `finetune` is not installed.
     """
     training, held_out, corpus = _read(settings)
-    groups = Groups(training, settings.train_group_size, settings.seed, scored=settings.knowledge_distillation)
+    groups = Groups(
+        training,
+        settings.train_group_size,
+        settings.seed,
+        scored=settings.knowledge_distillation,
+        held_out=held_out,
+    )
     folder = Path(settings.output_dir)
     _check_folder(folder, settings)
     _check_extra()
