@@ -125,6 +125,24 @@ def test_settings_that_do_not_fit_are_refused_before_anything_is_written(
     assert [path.name for path in tmp_path.iterdir()] == ["data.jsonl"]
 
 
+@pytest.mark.parametrize("held_out", [False, True], ids=["data", "eval_data"])
+def test_a_prompt_that_leaves_no_room_is_named_before_anything_is_written(
+    held_out: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On a line that was not the first it ended the training when its turn came."""
+    lines = toy_lines(5, 0)
+    fine, long = lines[:1], [*lines[1:3], *({**line, "prompt": "panda " * 500} for line in lines[3:])]
+    data, more = (
+        write_lines(tmp_path / f"{name}.jsonl", part)
+        for name, part in (("data", fine if held_out else long), ("more", long if held_out else fine))
+    )
+    flags = ["--data", data, "--eval-data", more, "--output-dir", str(tmp_path / "out"), "--train-group-size=3"]
+    assert main(["finetune", str(DATA / "decoder"), *flags, "--query-max-len=90", "--passage-max-len=7600"]) == 2
+
+    assert f"{more if held_out else data}:3: max_length=7690: the positions of" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("content", ["", "{", "7"])
 def test_settings_of_a_run_that_cannot_be_read_are_named(
     content: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -7,6 +7,7 @@ import json
 import logging
 import math
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -90,8 +91,12 @@ def finetune(settings: FinetuneSettings) -> FinetuneResult:
     trainee = trainee_of(settings)
     if not trainee.has_prompt and (prompts := sum(example.prompt is not None for example in training)):
         logger.warning("%d lines have a prompt, which %r does not use: it is a cross-encoder", prompts, settings.model)
-    collator = Collator(trainee.encoder(), settings.teacher_temperature)
-    collator([groups[0]])  # lengths that leave no room are found here, not after minutes
+    # Lengths and prompts that leave no room are found here, not after minutes.
+    encoder = trainee.encoder()
+    for example in (*training, *held_out):
+        _check_prompt(example, encoder)
+    collator = Collator(encoder, settings.teacher_temperature)
+    collator([groups[0]])
     learning_rate = settings.learning_rate or LEARNING_RATES[trainee.uses_lora]
     arguments = _training_arguments(settings, len(groups), learning_rate, evaluated=bool(held_out))
     # From here on things are written.
@@ -161,6 +166,14 @@ def _check_folder(folder: Path, settings: FinetuneSettings) -> None:
     if changed:
         name = changed[0]
         raise ValueError(f"{name}={now[name]!r}: the run that is to be resumed had {name}={before.get(name)!r}")
+
+
+def _check_prompt(example: Example, encoder: Callable[[str | None], object]) -> None:
+    """Raises ValueError for a prompt that leaves no room for text, with the line's place if it is the line's own."""
+    try:
+        encoder(example.prompt)
+    except ValueError as error:
+        raise ValueError(f"{example.place}: {error}" if example.prompt else str(error)) from error
 
 
 def _check_extra() -> None:
