@@ -43,6 +43,14 @@ BAD: dict[str, tuple[bytes, str]] = {
         b'{"query": "q", "pos": ["a"], "neg": [], "pos_scores": ["1"], "neg_scores": []}',
         '"pos_scores"[0] is a string, expected a number',
     ),
+    "a score beyond a tensor's numbers": (
+        b'{"query": "q", "pos": ["a"], "neg": ["b", "c"], "pos_scores": [3.4e38], "neg_scores": [0, -1e39]}',
+        '"neg_scores"[1] is beyond a 32-bit float',
+    ),
+    "a score beyond all floats": (
+        b'{"query": "q", "pos": ["a"], "neg": [], "pos_scores": [1%b], "neg_scores": []}' % (b"0" * 400),
+        '"pos_scores"[0] is beyond a 32-bit float',
+    ),
 }
 
 

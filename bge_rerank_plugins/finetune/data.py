@@ -15,6 +15,9 @@ from typing import Any
 
 from ..jsonl import InputErrors, check_numbers, check_text, check_texts, read_all_lines
 
+_LARGEST = float.fromhex("0x1.fffffep127")
+"""The largest number that a tensor of scores can hold."""
+
 
 @dataclass(frozen=True)
 class Example:
@@ -113,6 +116,9 @@ def _check_scores(record: dict[str, Any]) -> None:
         raise ValueError(f'"{given[0]}_scores" without the scores of the other passages')
     for key in given:
         check_numbers(record, f"{key}_scores")
+        for index, score in enumerate(record[f"{key}_scores"]):
+            if abs(score) > _LARGEST:
+                raise ValueError(f'"{key}_scores"[{index}] is beyond a 32-bit float')
         passages, scores = len(record[key]), len(record[f"{key}_scores"])
         if passages != scores:
             raise ValueError(f'"{key}_scores" has {scores} numbers for {passages} passages')
