@@ -164,6 +164,17 @@ def test_settings_of_a_run_that_cannot_be_read_are_named(
     assert f"{there}: not the settings of a run that can be resumed" in capsys.readouterr().err
 
 
+def test_a_run_is_resumed_where_its_folder_is_spelt_otherwise_or_was_moved(tmp_path: Path) -> None:
+    """As a shell completes it, with a slash at its end, it was refused."""
+    data = write_lines(tmp_path / "data.jsonl", toy_lines(4, 0))
+    command = [*command_line("finetune", data, str(tmp_path / "out")), "--max-steps=1", "--train-group-size=2"]
+    assert main([*command, "--held-out=0"]) == 0
+    assert main([*command, "--held-out=0", "--resume", "--output-dir", f"{tmp_path / 'out'}/"]) == 0
+    (tmp_path / "out").rename(tmp_path / "moved")
+    assert main([*command, "--held-out=0", "--resume", "--output-dir", str(tmp_path / "moved")]) == 0
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_layer_without_a_head_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = write_lines(tmp_path / "data.jsonl", toy_lines(3, 0))
     flags = ["--data", data, "--output-dir", str(tmp_path / "out"), "--train-group-size=3", "--start-layer=2"]

@@ -30,7 +30,8 @@ LEARNING_RATES = {True: 2e-4, False: 6e-5}
 EVALUATIONS = 10
 """How often MRR is measured on the way, where the user does not say."""
 
-_MAY_CHANGE = {"resume", "show_progress", "save_total_limit", "cache_dir", "local_files_only", "token"}
+_MAY_CHANGE = {"resume", "output_dir", "show_progress", "save_total_limit", "cache_dir", "local_files_only", "token"}
+"""Options that a run may be resumed with another value of; its folder may have been moved, or be spelt otherwise."""
 
 
 @dataclass(frozen=True)
