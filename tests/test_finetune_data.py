@@ -382,6 +382,20 @@ def test_mining_draws_from_the_places_asked_for(tmp_path: Path) -> None:
     read_examples(str(tmp_path / "out.jsonl"))
 
 
+def test_mining_says_why_it_found_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """In Chinese BM25 has a word for each run of letters, which no query shares."""
+    chinese = [{"query": f"熊猫是什么{i}", "pos": [f"熊猫是一种动物{i}"], "neg": []} for i in range(3)]
+    out = str(tmp_path / "out.jsonl")
+    assert main(["mine", write_lines(tmp_path / "zh.jsonl", chinese), "--output", out, "--first=1"]) == 0
+    few, why = capsys.readouterr().err.splitlines()
+    assert few == "bge-rerank: 3 of 3 lines have fewer than 15 negatives"
+    assert why == (
+        "bge-rerank: BM25 found none from place 1 to 210; text without spaces between words needs --retriever ENCODER"
+    )
+    assert main(["mine", write_lines(tmp_path / "en.jsonl", toy_lines(3, 0)), "--output", out, "--first=1"]) == 0
+    assert len(capsys.readouterr().err.splitlines()) == 1, "some were found, though few"
+
+
 def test_mining_with_an_encoder_finds_what_it_holds_to_be_near(tmp_path: Path) -> None:
     sentence_transformers = pytest.importorskip("sentence_transformers")
     from bge_rerank_plugins.models import embedded_base

@@ -56,6 +56,12 @@ def run_mine(arguments: argparse.Namespace) -> None:
     few = sum(len(record["neg"]) < settings.negatives for record in mined)
     if few:
         sys.stderr.write(f"bge-rerank: {few} of {len(mined)} lines have fewer than {settings.negatives} negatives\n")
+    found_none = all(new["neg"] is old["neg"] for new, old in zip(mined, records, strict=True))
+    if found_none and settings.retriever == "bm25":
+        sys.stderr.write(
+            f"bge-rerank: BM25 found none from place {settings.first} to {settings.last}; "
+            "text without spaces between words needs --retriever ENCODER\n"
+        )
 
 
 def add_distill(parser: argparse.ArgumentParser) -> None:

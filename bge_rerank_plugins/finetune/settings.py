@@ -202,7 +202,8 @@ class MineSettings(Settings):
     retriever: str = Field(
         default="bm25",
         min_length=1,
-        description="What finds them: 'bm25', or hub id or local directory of a sentence-transformers encoder.",
+        description="What finds them: 'bm25', or hub id or local directory of a sentence-transformers encoder, which "
+        "text without spaces between words needs.",
     )
     corpus: str | None = Field(
         default=None,
