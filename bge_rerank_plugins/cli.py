@@ -29,7 +29,7 @@ from .demo import FRAMEWORKS, PUBLISHED_MODEL, QUERIES
 from .evaluation import command as evaluation
 from .files import empty, is_regular, opened
 from .finetune.command import add_distill, add_finetune, add_mine, run_distill, run_finetune, run_mine
-from .jsonl import InputError, Line, check_text, check_texts, json_line, read_lines
+from .jsonl import InputError, Line, check_text, check_texts, json_line, read_all_lines, read_lines
 from .pictures import check_picture
 from .ranking import RankedPassage, check_cut
 from .scorer import Scorer
@@ -226,7 +226,8 @@ def _layers(arguments: argparse.Namespace) -> None:
             f"model={settings.model!r}: not a layerwise checkpoint, it has one score and no layer to choose"
         )
     with opened(arguments.data, "-") as (source, _):
-        requests = [(line.record["query"], line.record["passages"]) for line in _requests(source, arguments.data)]
+        lines = read_all_lines(source, _name(arguments.data), _check_request)
+    requests = [(line.record["query"], line.record["passages"]) for line in lines]
     with Scorer.from_settings(settings) as scorer:
         reports = compare_layers(scorer, requests, layers_of(checkpoint))
     print_table(
@@ -343,7 +344,11 @@ def _check_request(record: dict[str, Any]) -> None:
 
 
 def _requests(source: BinaryIO, name: str) -> Iterator[Line]:
-    return read_lines(source, "<stdin>" if name == "-" else name, _check_request)
+    return read_lines(source, _name(name), _check_request)
+
+
+def _name(file: str) -> str:
+    return "<stdin>" if file == "-" else file
 
 
 def _lookahead(

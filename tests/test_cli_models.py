@@ -1,6 +1,7 @@
 """The commands `layers` and `verify`."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,7 @@ def test_layers_that_order_nothing_say_so(tmp_path: Path, capsys: pytest.Capture
     [
         (["layers", str(DATA / "encoder"), "--data", "DATA"], "not a layerwise checkpoint"),
         (["layers", str(DATA / "layerwise"), "--data", "/no/such/file"], "/no/such/file"),
+        (["layers", str(DATA / "layerwise"), "--data", os.devnull], f"{os.devnull}: no lines"),
         (
             ["layers", str(DATA / "layerwise"), "--data", "/no/such/file", "--plot", "/no/such/x.png"],
             "no such directory",
