@@ -427,6 +427,19 @@ def test_an_empty_range_and_an_overwritten_input_are_refused(
     assert Path(data).read_bytes() == before
 
 
+@pytest.mark.parametrize("command", ["mine", "distill"])
+def test_a_hyphen_is_standard_output(
+    command: str, tmp_path: Path, capfdbinary: pytest.CaptureFixture[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file of that name was written, unlike what `rerank` does."""
+    monkeypatch.chdir(tmp_path)
+    data = write_lines(tmp_path / "data.jsonl", toy_lines(3, 0))
+    assert main(command_line(command, data, "out.jsonl")) == 0
+    assert main(command_line(command, data, "-")) == 0
+    assert capfdbinary.readouterr().out == (tmp_path / "out.jsonl").read_bytes()
+    assert not Path("-").exists()
+
+
 # Distillation.
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -99,17 +100,21 @@ def _counted(records: Iterable[dict[str, Any]], advance: Callable[[], object]) -
 
 def _add_files(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", metavar="FILE", help=DATA_HELP)
-    parser.add_argument("--output", required=True, metavar="FILE", help="where to write the lines")
+    parser.add_argument(
+        "--output", required=True, metavar="FILE", help="where to write the lines; - for standard output"
+    )
 
 
 def _check_output(file: str, output: str) -> None:
+    if output == "-":
+        return
     check_writable("--output", output)
     if Path(output).exists() and Path(output).samefile(file):
         raise InputError(f"--output {output}: that is the input, which would be lost")
 
 
 def _write(output: str, records: Iterable[dict[str, Any]]) -> None:
-    """Writes all lines, or none where something fails on the way."""
-    with whole(Path(output)) as sink:
+    """Writes all lines, or none where something fails on the way; to standard output as they come."""
+    with nullcontext(sys.stdout.buffer) if output == "-" else whole(Path(output)) as sink:
         for record in records:
             sink.write(json_line(record))
