@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import DATA
 from finetune_data import toy_lines, write_lines
+from hub import Hub, put_into_cache
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -412,6 +413,23 @@ def test_mining_with_an_encoder_finds_what_it_holds_to_be_near(tmp_path: Path) -
     assert mined["neg"] == ["A black bear."]
     with pytest.raises(ValueError, match=r"retriever='/no/such/dir': not 'bm25'"):
         mine(records, MineSettings(retriever="/no/such/dir"))
+
+
+def test_an_encoder_to_mine_with_comes_from_where_the_options_say(tmp_path: Path) -> None:
+    """There were no such options."""
+    pytest.importorskip("sentence_transformers")
+    from bge_rerank_plugins.models import embedded_base
+
+    put_into_cache(tmp_path / "cache", "some-org/mini", embedded_base())
+    data, out = write_lines(tmp_path / "data.jsonl", mining_lines()), str(tmp_path / "out.jsonl")
+    arguments = ["mine", data, "--output", out, "--retriever", "some-org/mini", "--first=1", "--negatives=2"]
+    local = [*arguments, "--cache-dir", str(tmp_path / "cache"), "--local-files-only", "--token", "first"]
+    code = f"from bge_rerank_plugins.cli import main\nassert main({local}) == 0\nmain({[*arguments, '--token=second']})"
+    with Hub() as hub:
+        ran = hub.run(code, tmp_path / "home")
+
+    assert len(json.loads(Path(out).read_text())["neg"]) == 2, ran.stderr
+    assert {token for path, token in hub.asked if "some-org" in path} == {"Bearer second"}, hub.asked
 
 
 def test_an_empty_range_and_an_overwritten_input_are_refused(

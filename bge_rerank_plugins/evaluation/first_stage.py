@@ -90,25 +90,15 @@ def encoder_run(
         ValueError: No encoder can be loaded there.
         ImportError: sentence-transformers is not installed; the message says how to install it.
     """
-    try:
-        from sentence_transformers import SentenceTransformer
-    except ImportError as error:
-        raise ImportError(
-            'an encoder as the first stage needs sentence-transformers: pip install "bge-rerank-plugins[eval]"'
-        ) from error
-
-    try:
-        encoder = SentenceTransformer(
-            model,
-            device=device,
-            cache_folder=cache_dir,
-            local_files_only=local_files_only,
-            token=token,
-            # transformers looks for a LoRA adapter beside the weights, and there knows nothing of the options above.
-            model_kwargs={"adapter_kwargs": {"cache_dir": cache_dir, "local_files_only": local_files_only}},
-        )
-    except (OSError, ValueError) as error:
-        raise ValueError(f"first_stage={model!r}: not 'bm25', and no encoder can be loaded there: {error}") from error
+    encoder = load_encoder(
+        model,
+        option="first_stage",
+        extra="eval",
+        device=device,
+        cache_dir=cache_dir,
+        local_files_only=local_files_only,
+        token=token,
+    )
     encode: Callable[[list[str]], Any] = lambda texts: encoder.encode(  # noqa: E731
         texts, normalize_embeddings=True, show_progress_bar=False, convert_to_numpy=True
     )
@@ -124,6 +114,42 @@ def encoder_run(
             ids[row]: float(scores[row]) for row in rows if not (ignore_identical_ids and ids[row] == query)
         }
     return _cut(found, data, top_k)
+
+
+def load_encoder(
+    model: str,
+    *,
+    option: str,
+    extra: str,
+    device: str | None = None,
+    cache_dir: str | None,
+    local_files_only: bool,
+    token: str | None,
+) -> Any:
+    """The encoder of sentence-transformers that an option names in the place of BM25.
+
+    Raises:
+        ValueError: None can be loaded there.
+        ImportError: sentence-transformers is not installed; the message names our extra that brings it.
+    """
+    try:
+        from sentence_transformers import SentenceTransformer
+    except ImportError as error:
+        raise ImportError(
+            f'{option}={model!r} needs sentence-transformers: pip install "bge-rerank-plugins[{extra}]"'
+        ) from error
+    try:
+        return SentenceTransformer(
+            model,
+            device=device,
+            cache_folder=cache_dir,
+            local_files_only=local_files_only,
+            token=token,
+            # transformers looks for a LoRA adapter beside the weights, and there knows nothing of the options above.
+            model_kwargs={"adapter_kwargs": {"cache_dir": cache_dir, "local_files_only": local_files_only}},
+        )
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{option}={model!r}: not 'bm25', and no encoder can be loaded there: {error}") from error
 
 
 def _best(scores: Any, top_k: int | None) -> list[int]:

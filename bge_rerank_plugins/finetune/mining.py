@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..evaluation.first_stage import load_encoder
 from ..jsonl import Line, check_text, read_all_lines
 from .data import check_example, example_of, positives_by_query, same_text
 from .settings import MineSettings
@@ -42,7 +43,7 @@ def mine(records: Sequence[dict[str, Any]], settings: MineSettings) -> list[dict
     corpus = _corpus(records, settings.corpus)
     keys = [same_text(text) for text in corpus]
     positives = positives_by_query([example_of(record) for record in records])
-    retrieve = _retriever(settings.retriever, corpus)
+    retrieve = _retriever(settings, corpus)
     mined = []
     for start in range(0, len(records), QUERIES_AT_ONCE):
         part = records[start : start + QUERIES_AT_ONCE]
@@ -80,8 +81,8 @@ def _corpus(records: Sequence[dict[str, Any]], path: str | None) -> list[str]:
     return list({same_text(text): text for text in texts if text.strip()}.values())
 
 
-def _retriever(name: str, corpus: Sequence[str]) -> Retriever:
-    return _bm25(corpus) if name == "bm25" else _encoder(name, corpus)
+def _retriever(settings: MineSettings, corpus: Sequence[str]) -> Retriever:
+    return _bm25(corpus) if settings.retriever == "bm25" else _encoder(settings, corpus)
 
 
 def _bm25(corpus: Sequence[str]) -> Retriever:
@@ -107,17 +108,15 @@ def _bm25(corpus: Sequence[str]) -> Retriever:
     return retrieve
 
 
-def _encoder(name: str, corpus: Sequence[str]) -> Retriever:
-    try:
-        from sentence_transformers import SentenceTransformer
-    except ImportError as error:
-        raise ImportError(
-            f'retriever={name!r} needs sentence-transformers: pip install "bge-rerank-plugins[finetune]"'
-        ) from error
-    try:
-        model = SentenceTransformer(name)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"retriever={name!r}: not 'bm25', and no encoder can be loaded there: {error}") from error
+def _encoder(settings: MineSettings, corpus: Sequence[str]) -> Retriever:
+    model = load_encoder(
+        settings.retriever,
+        option="retriever",
+        extra="finetune",
+        cache_dir=settings.cache_dir,
+        local_files_only=settings.local_files_only,
+        token=settings.token,
+    )
     vectors = model.encode(list(corpus), normalize_embeddings=True, convert_to_tensor=True, show_progress_bar=False)
 
     def retrieve(queries: Sequence[str], count: int) -> list[list[int]]:

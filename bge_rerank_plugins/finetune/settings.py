@@ -213,6 +213,9 @@ class MineSettings(Settings):
     last: int = Field(default=210, ge=1, description="Worst place in the ranking that a negative is drawn from.")
     negatives: int = Field(default=15, ge=1, description="How many to draw for each query.")
     seed: int = Field(default=0, ge=0, description="Fixes what is drawn.")
+    cache_dir: str | None = Field(default=None, description="Directory of the hub's download cache, for an encoder.")
+    local_files_only: bool = Field(default=False, description="Never download; use only files that are already here.")
+    token: str | None = Field(default=None, repr=False, exclude=True, description="Access token for the hub.")
 
     @field_validator("last")
     @classmethod
