@@ -129,7 +129,7 @@ class FinetuneSettings(Settings):
         default=None, gt=0, description="Peak learning rate. By default 2e-4 with LoRA, 6e-5 for all weights."
     )
     lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = Field(
-        default="linear", description="What becomes of the learning rate after the warmup."
+        default="linear", description="What becomes of the learning rate after the warmup, which constant goes without."
     )
     warmup_ratio: float = Field(default=0.1, ge=0, lt=1, description="Share of the steps with a rising learning rate.")
     weight_decay: float = Field(default=0.01, ge=0, description="AdamW's weight decay.")
