@@ -180,7 +180,7 @@ def test_a_layer_without_a_head_is_refused(tmp_path: Path, capsys: pytest.Captur
     data = write_lines(tmp_path / "data.jsonl", toy_lines(3, 0))
     flags = ["--data", data, "--output-dir", str(tmp_path / "out"), "--train-group-size=3", "--start-layer=2"]
     assert main(["finetune", str(DATA / "layerwise"), *flags]) == 2
-    assert "this checkpoint scores at layers 3 to 11" in capsys.readouterr().err
+    assert "start_layer=2: this checkpoint scores at layers 3 to 11" in capsys.readouterr().err
 
 
 # Groups.

@@ -243,13 +243,13 @@ def layers_of(checkpoint: Checkpoint) -> range:
     return layers
 
 
-def check_layers(cutoff_layers: Sequence[int], layers: range) -> None:
-    """Raises ValueError for layers without a head, naming those with one, and for none."""
+def check_layers(cutoff_layers: Sequence[int], layers: range, option: str = "cutoff_layer") -> None:
+    """Raises ValueError for layers without a head, naming the option and the layers with one, and for none."""
     if not cutoff_layers:
         raise ValueError("cutoff_layers=[]: name at least one layer")
     for layer in cutoff_layers:
         if layer not in layers:
-            raise ValueError(f"cutoff_layer={layer!r}: this checkpoint scores at layers {layers[0]} to {layers[-1]}")
+            raise ValueError(f"{option}={layer!r}: this checkpoint scores at layers {layers[0]} to {layers[-1]}")
 
 
 def hidden_scale(published: dict[str, Any]) -> float:

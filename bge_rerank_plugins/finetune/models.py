@@ -107,7 +107,7 @@ class LayerwiseTrainee(Trainee):
     def _heads(self) -> tuple[str, ...]:
         layers = layers_of(self.checkpoint)
         first = layers[0] if self.settings.start_layer is None else self.settings.start_layer
-        check_layers([first], layers)
+        check_layers([first], layers, "start_layer")
         self.layers = range(first, layers.stop)
         return tuple(f"layer {layer}" for layer in self.layers)
 
