@@ -27,7 +27,7 @@ def local_files(settings: RerankSettings) -> list[tuple[str, int, int]]:
     files: list[tuple[str, int, int]] = []
     for place in (settings.model, settings.peft_path):
         if place is not None and Path(place).is_dir():
-            paths = sorted(path for path in Path(place).iterdir() if path.suffix in _LOADED)
+            paths = sorted(path for path in Path(place).iterdir() if path.suffix in _LOADED and path.is_file())
             files += [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
     return files
 

@@ -16,10 +16,14 @@ class Hub(ThreadingHTTPServer):
 
     Args:
         repositories: What each has, commit by commit; nothing by default. Whenever a file of main was fetched, somebody commits.
+        failing: Names of files for which the hub fails, with the status, or 0 for a connection that breaks before the content.
     """
 
-    def __init__(self, repositories: Mapping[str, Sequence[Path]] | None = None) -> None:
+    def __init__(
+        self, repositories: Mapping[str, Sequence[Path]] | None = None, failing: Mapping[str, int] | None = None
+    ) -> None:
         super().__init__(("127.0.0.1", 0), Repositories)
+        self.failing = failing or {}
         self.asked: list[tuple[str, str | None]] = []
         self._commits = {name: [*commits] for name, commits in (repositories or {}).items()}
         self._main = dict.fromkeys(self._commits, 0)
@@ -74,6 +78,11 @@ class Repositories(BaseHTTPRequestHandler):
 
     def _answer(self) -> bytes | None:
         self.server.asked.append((self.path, self.headers["Authorization"]))
+        status = self.server.failing.get(self._asked()[2])
+        if status:
+            self.send_error(status)
+        if status or (status == 0 and self.command == "GET"):
+            return None
         found = self.server.found(*self._asked())
         content = found[1].read_bytes() if found is not None and found[1].is_file() else None
         self.send_response(404 if content is None else 200)

@@ -555,12 +555,12 @@ def test_a_device_that_cannot_load_fails_the_first_call_not_a_later_one(monkeypa
     """Were the first device to load enough, scores would come until the other one has failed."""
     init, loaded = Worker.__init__, threading.Event()
 
-    def full(self: Worker, settings: RerankSettings, device_name: str) -> None:
+    def full(self: Worker, settings: RerankSettings, device_name: str, *arguments: Any) -> None:
         if device_name == "cpu:0":
             assert loaded.wait(30)
             time.sleep(0.3)
             raise torch.OutOfMemoryError("no room for the weights")
-        init(self, settings, device_name)
+        init(self, settings, device_name, *arguments)
         loaded.set()
 
     monkeypatch.setattr(Worker, "__init__", full)

@@ -335,7 +335,7 @@ def test_layers_that_do_not_fit_into_memory_fail_who_asked_for_them_alone(monkey
     monkeypatch.setattr(layerwise, "load_model", tight)
     with Scorer(LAYERWISE, cutoff_layer=5, max_batch_tokens=4001) as scorer:
         before = scorer.score("panda", ["hi", "a bear"])
-        with pytest.raises(RuntimeError, match="cutoff_layer=11: the layers up to it do not fit into memory: injected"):
+        with pytest.raises(RuntimeError, match="cutoff_layer=11: out of memory with the layers up to it: injected"):
             scorer.score_layers("panda", ["hi", "a bear"], [11, 4])
         assert tops == [5, 11]
         assert scorer.score("panda", ["hi", "a bear"]) == before

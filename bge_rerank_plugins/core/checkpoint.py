@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import threading
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -14,9 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 from transformers import AutoConfig, PreTrainedConfig
-from transformers.utils.hub import cached_file
 
-from .hub import commit_of
+from .hub import commit_of, model_file
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -81,8 +81,14 @@ class Checkpoint:
         )
 
     def hub_options(self) -> dict[str, Any]:
-        """Options of every look at the hub but the first."""
-        return self._options_at(self.commit or self.revision)
+        """Options of transformers' looks at the hub."""
+        options: dict[str, Any] = {
+            "cache_dir": self.cache_dir,
+            "local_files_only": self.local_files_only,
+            "token": self.token,
+        }
+        revision = self.commit or self.revision
+        return options | ({"revision": revision} if revision else {})
 
     @cached_property
     def commit(self) -> str | None:
@@ -90,31 +96,20 @@ class Checkpoint:
 
         Looked up once, so that all files are of the same one also when the revision moves meanwhile, and are not asked for
         where they are known: what is of a commit does not change.
+
+        Raises:
+            ValueError: There is no such model, or the hub fails.
         """
-        found = None if Path(self.model).is_dir() else self._file_at(self.revision, self.found_by)
+        found = None if Path(self.model).is_dir() else model_file(self, self.found_by)
         return None if found is None else commit_of(found)
 
     def file(self, name: str) -> Path | None:
-        """Local path of one file of the checkpoint, downloaded if need be; None if the checkpoint has no such file."""
-        return self._file_at(self.commit or self.revision, name)
+        """Local path of one file of the checkpoint, downloaded if need be; None if the checkpoint has no such file.
 
-    def _file_at(self, revision: str | None, name: str) -> Path | None:
-        found = cached_file(
-            self.model,
-            name,
-            _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=False,
-            **self._options_at(revision),
-        )
-        return None if found is None else Path(found)
-
-    def _options_at(self, revision: str | None) -> dict[str, Any]:
-        options: dict[str, Any] = {
-            "cache_dir": self.cache_dir,
-            "local_files_only": self.local_files_only,
-            "token": self.token,
-        }
-        return options | ({"revision": revision} if revision else {})
+        Raises:
+            ValueError: As `commit`.
+        """
+        return model_file(replace(self, revision=self.commit or self.revision), name)
 
     @cached_property
     def config(self) -> dict[str, Any]:
@@ -135,9 +130,10 @@ class Checkpoint:
             raise ValueError(f"model={self.model!r}: not a checkpoint directory, it has no config.json")
         if local.exists() and self.revision is not None:
             logger.warning("revision=%r is not looked at: model=%r is a local directory", self.revision, self.model)
+        options = self.hub_options()
         try:
             config: dict[str, Any]
-            config, _ = PreTrainedConfig.get_config_dict(self.model, **self.hub_options())
+            config, _ = PreTrainedConfig.get_config_dict(self.model, **options)
         except (OSError, ValueError, TypeError, AttributeError) as error:
             raise ValueError(f"model={self.model!r}: its config.json cannot be read: {error}") from error
         if not isinstance(config, dict):
@@ -221,3 +217,29 @@ class Checkpoint:
         """tokenizer_config.json as it stands; empty without one."""
         file = self.file("tokenizer_config.json")
         return {} if file is None else dict(json.loads(file.read_text(encoding="utf-8")))
+
+
+class SharedCheckpoint:
+    """The checkpoint of an engine's workers: the first one looks up which commit is meant, for all of them.
+
+    Args:
+        settings: What names it.
+    """
+
+    def __init__(self, settings: RerankSettings) -> None:
+        self._settings = settings
+        self._lock = threading.Lock()
+        self._found: Checkpoint | None = None
+
+    def found(self) -> Checkpoint:
+        """The checkpoint, of a commit that does not change any more, and its adapter.
+
+        Raises:
+            ValueError: As `Checkpoint.config` and `Checkpoint.adapter_config`.
+        """
+        with self._lock:
+            if self._found is None:
+                checkpoint = Checkpoint.from_settings(self._settings)
+                _ = checkpoint.config, checkpoint.adapter_config
+                self._found = checkpoint
+            return self._found

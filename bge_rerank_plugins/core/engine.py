@@ -24,6 +24,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from .checkpoint import SharedCheckpoint
 from .device import asked_devices, is_out_of_memory, release_cached_memory
 from .outcome import caused_by, give, give_error_to_all, recorded
 from .prefixes import Prefixes
@@ -87,6 +88,7 @@ class Engine:
     def __init__(self, settings: RerankSettings) -> None:
         names = asked_devices(settings.device)
         self._settings = settings
+        self._checkpoint = SharedCheckpoint(settings)
         self._changed = threading.Condition()
         self._empty_queue()
         self._stats = EngineStats()
@@ -226,7 +228,9 @@ class Engine:
             self._forget(index)
 
     def _load_and_run(self, index: int, device_name: str | None) -> None:
-        worker = Worker(self._settings, device_name)  # gone with this frame, before the device's memory is given back
+        worker = Worker(
+            self._settings, device_name, self._checkpoint
+        )  # gone with this frame, before the device's memory is given back
         self._report_loaded(index, worker.family)
         self._run(worker)
 

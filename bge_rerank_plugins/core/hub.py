@@ -8,61 +8,67 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from ..settings import RerankSettings
+    from .checkpoint import Checkpoint
 
 _COMMIT = "[0-9a-f]{40}"
 
 
 def commit_of(file: Path) -> str | None:
     """The commit of a file in the hub's cache, which has it in `snapshots/COMMIT`; None for one that lies elsewhere."""
-    found = re.search(f"/snapshots/({_COMMIT})/", file.as_posix())
+    found = re.search(f".*/snapshots/({_COMMIT})/", file.as_posix())  # the last one: the cache may lie in another's
     return None if found is None else found[1]
 
 
-def needed_file(settings: RerankSettings, name: str) -> Path:
+def needed_file(place: RerankSettings | Checkpoint, name: str) -> Path:
     """Local path of a file that the model must have.
 
     Raises:
         ValueError: It has none, or it cannot be had.
     """
-    file = model_file(settings, name)
+    file = model_file(place, name)
     if file is None:
-        raise ValueError(f"model={settings.model!r}: it has no {name}")
+        at = "" if Path(place.model).is_dir() else " at the hub, or none in its cache where that cannot be asked"
+        raise ValueError(f"model={place.model!r}: it has no {name}{at}")
     return file
 
 
-def model_file(settings: RerankSettings, name: str) -> Path | None:
-    """Local path of a file of a model, downloaded if need be; None if the model has no such file.
+def model_file(place: RerankSettings | Checkpoint, name: str) -> Path | None:
+    """Local path of a file of a model, downloaded if need be.
+
+    Returns:
+        None if the model has no such file; also if the hub's cache has none, and there is no way to the hub.
 
     Raises:
-        ValueError: There is no such model, or the hub cannot be asked.
+        ValueError: There is no such model, or the hub failed to give the file.
     """
-    local = Path(settings.model)
+    local = Path(place.model)
     if local.is_dir():
         return local / name if (local / name).is_file() else None
-    if local.is_absolute() or settings.model.startswith((".", "~")):
-        raise ValueError(f"model={settings.model!r}: no such directory")
+    if local.is_absolute() or place.model.startswith((".", "~")):
+        raise ValueError(f"model={place.model!r}: no such directory")
     from huggingface_hub import hf_hub_download, try_to_load_from_cache
-    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
 
-    if _is_commit(settings.revision):
-        known = try_to_load_from_cache(settings.model, name, cache_dir=settings.cache_dir, revision=settings.revision)
+    if _is_commit(place.revision):
+        known = try_to_load_from_cache(place.model, name, cache_dir=place.cache_dir, revision=place.revision)
         if known is not None:
             return Path(known) if isinstance(known, str) else None  # no path: known to be missing
     try:
         return Path(
             hf_hub_download(
-                settings.model,
+                place.model,
                 name,
-                revision=settings.revision,
-                cache_dir=settings.cache_dir,
-                local_files_only=settings.local_files_only,
-                token=settings.token,
+                revision=place.revision,
+                cache_dir=place.cache_dir,
+                local_files_only=place.local_files_only,
+                token=place.token,
             )
         )
-    except EntryNotFoundError:
-        return None
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
-        raise ValueError(f"model={settings.model!r}: {name} cannot be had: {error}") from error
+    except Exception as error:  # an HTTP library's own among them
+        no_way = isinstance(error, LocalEntryNotFoundError) and not isinstance(error.__cause__, HfHubHTTPError)
+        if no_way or (isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError)):
+            return None
+        raise ValueError(f"model={place.model!r}: {name} cannot be had: {error}") from error
 
 
 def _is_commit(revision: str | None) -> bool:

@@ -160,7 +160,7 @@ class Layerwise:
             if not is_out_of_memory(error):
                 raise
             traceback.clear_frames(error.__traceback__)  # which hold what did fit
-            raise ValueError(f"cutoff_layer={top}: the layers up to it do not fit into memory: {error}") from error
+            raise ValueError(f"cutoff_layer={top}: out of memory with the layers up to it: {error}") from error
 
     def encode(self, query: str, passages: Sequence[str]) -> list[TokenSequence]:
         """The model card's token ids, the query as a prefix that the passages share."""

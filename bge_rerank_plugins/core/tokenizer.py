@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 # Without one of these, transformers makes up an empty tokenizer in silence.
 _VOCABULARIES = ("sentencepiece.bpe.model", "tokenizer.model", "spiece.model", "vocab.txt", "vocab.json")
 
+_BESIDE = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+
 
 def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerFast:
     """The tokenizer as published, with its truncation and padding switched off once, before anyone shares it.
@@ -28,6 +30,8 @@ def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerFast:
         ValueError: There is none, it cannot be loaded, is no fast one, or its files disagree.
         ImportError: It is SentencePiece's, and what reads that is not installed.
     """
+    for name in _BESIDE:  # transformers takes one that the hub fails to give for one that is not there
+        checkpoint.file(name)
     kind: Any = (
         PreTrainedTokenizerFast if checkpoint.file("tokenizer.json") is not None else _reads_vocabulary(checkpoint)
     )

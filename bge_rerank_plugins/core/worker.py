@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .checkpoint import Checkpoint
+from .checkpoint import SharedCheckpoint
 from .device import Precision, choose_device, choose_precision, free_memory, release_cached_memory
 from .families import family_of
 from .graphs import graphs_for
@@ -60,6 +60,7 @@ class Worker:
     Args:
         settings: What to load, and where.
         device_name: The one of the settings' devices that is meant.
+        shared: Where the files are, if other workers load the same.
 
     Attributes:
         budget: Tokens of a pack.
@@ -68,9 +69,11 @@ class Worker:
         last_finish: When the last pack was finished, by `time.perf_counter`; 0 before the first.
     """
 
-    def __init__(self, settings: RerankSettings, device_name: str | None) -> None:
+    def __init__(
+        self, settings: RerankSettings, device_name: str | None, shared: SharedCheckpoint | None = None
+    ) -> None:
         self.device = choose_device(device_name)
-        checkpoint = Checkpoint.from_settings(settings)
+        checkpoint = (SharedCheckpoint(settings) if shared is None else shared).found()
         kind = family_of(checkpoint)
         self.precision: Precision = choose_precision(settings.dtype, self.device, float16_is_safe=kind.float16_is_safe)
         dtype = self.precision.dtype
