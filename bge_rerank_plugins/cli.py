@@ -16,7 +16,7 @@ import textwrap
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -80,7 +80,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         _drop_stdout()
         return BROKEN_PIPE
     except (ValueError, OSError, ImportError, RuntimeError) as error:
-        sys.stderr.writelines(f"bge-rerank: {message}\n" for message in error_lines(error))
+        with suppress(OSError):  # where it is full
+            if sys.stderr is not None:
+                sys.stderr.writelines(f"bge-rerank: {message}\n" for message in error_lines(error))
         return BAD_INPUT
     return 0
 

@@ -148,6 +148,8 @@ def _record(raw: bytes) -> dict[str, Any]:
         json_line(record)
     except UnicodeEncodeError as error:
         raise ValueError(f"not Unicode text: half of a surrogate pair, {error.object[error.start]!a}") from error
+    except RecursionError as error:  # writing takes a level more than reading
+        raise ValueError("nested too deeply") from error
     return record
 
 

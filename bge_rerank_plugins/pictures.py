@@ -45,6 +45,11 @@ def check_picture(flag: str, path: str, extra: str) -> None:
         raise InputError(f"{flag} {path}: {Path(path).suffix} is none of .{', .'.join(sorted(formats))}")
 
 
+def as_it_stands(name: str) -> str:
+    """A name for a picture, whose words between two dollar signs would be a formula."""
+    return name.replace("$", r"\$")
+
+
 def legend_above(figure: Figure, axes: Sequence[Axes]) -> None:
     """A legend for the curves of all these axes, outside of them, where it covers none."""
     lines = [line for each in axes for line in each.get_lines()]

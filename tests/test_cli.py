@@ -1,5 +1,6 @@
 """The `bge-rerank` command, from its arguments to its exit status: `rerank` and `info` on a tiny checkpoint."""
 
+import errno
 import io
 import json
 import os
@@ -22,6 +23,7 @@ from bge_rerank_plugins import RerankSettings, Scorer, __version__
 from bge_rerank_plugins.__main__ import main as entry_point
 from bge_rerank_plugins.cli import COMMANDS, LINES_AHEAD, UNUSED, main
 from bge_rerank_plugins.finetune import FinetuneSettings, MineSettings
+from bge_rerank_plugins.jsonl import InputError, read_lines
 
 DATA = Path(__file__).parent / "data"
 ENCODER = str(DATA / "encoder")
@@ -195,6 +197,33 @@ def test_a_dash_is_standard_output(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
     assert len(rerank("--output", "-", stdin=GOOD).records) == 1
     assert list(tmp_path.iterdir()) == []
+
+
+class Full(io.StringIO):
+    """A disk with no room for errors."""
+
+    def write(self, text: str) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("stderr", [None, Full()], ids=["closed", "full"])
+def test_input_that_cannot_be_used_is_status_2_also_where_nobody_can_be_told(
+    stderr: Full | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "bad.jsonl").write_text("nonsense\n")
+    monkeypatch.setattr(sys, "stderr", stderr)
+    assert main(["rerank", str(tmp_path / "bad.jsonl"), "--model", ENCODER]) == 2
+
+
+def test_nesting_that_can_be_read_and_not_written_is_named_by_its_line() -> None:
+    said = set()
+    for depth in range(900, 1100):
+        text = b'{"x": %s%s}' % (b"[" * depth, b"]" * depth)
+        try:
+            said |= {line.place for line in read_lines(io.BytesIO(text), "file", lambda record: None)}
+        except InputError as error:
+            said.add(str(error))
+    assert said <= {"file:1", "file:1: nested too deeply"}
 
 
 MALFORMED = {

@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -120,6 +121,21 @@ def test_every_judged_query_counts_even_without_results_or_anything_relevant() -
     assert measure([RR @ 10], data, {"q1": [], "q2": []}).mean == {"RR@10": 0.0}
 
 
+def test_a_query_that_has_negative_judgements_alone_counts_0(tmp_path: Path) -> None:
+    """Where the best one is -2, pytrec_eval writes past its memory, and the process died."""
+    qrels = {"q1": {"d": -2, "a": -3}, "q2": {"b": 2, "c": -2}, "q3": {"d": -1}}
+    code = (
+        "from bge_rerank_plugins.evaluation import JudgedSet\n"
+        "from bge_rerank_plugins.evaluation.measures import measure, parse_measures\n"
+        f"data = JudgedSet('d', dict.fromkeys({list(qrels)}, ''), dict.fromkeys('abcd', ''), {qrels})\n"
+        "for _ in range(30):\n"
+        f"    found = measure(parse_measures({list(MEASURES)}), data, {FOUND})\n"
+        "print(sorted(found.per_query['RR@10'].items()))"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert ran.stdout.strip() == str([("q1", 0.0), ("q2", 1 / 3), ("q3", 0.0)]), (ran.returncode, ran.stderr)
+
+
 def test_no_scores_are_equal_so_that_no_tool_breaks_ties_in_its_own_way() -> None:
     assert trec_scores({"q": ["b", "a", "c"], "r": []}) == {"q": {"b": 3.0, "a": 2.0, "c": 1.0}, "r": {}}
 
@@ -207,6 +223,8 @@ def test_bm25_finds_nothing_where_there_are_no_words() -> None:
     data = JudgedSet("d", {"q": "?"}, {"a": "!", "b": "..."}, {})
 
     assert bm25_run(data, 10) == {"q": []}
+    pool = replace(data, pools={"q": ["b", "a"]})
+    assert {*bm25_run(pool, 10)["q"]} == {"a", "b"}, "each query has its own texts to rank"
 
 
 def test_a_pool_is_ranked_whole_and_gains_nothing_from_the_order_of_the_file() -> None:
@@ -358,6 +376,15 @@ def test_names_that_differ_in_what_a_file_name_cannot_hold_get_a_file_each(tmp_p
     assert firsts == {"first-stage.trec": "b", "a-b.trec": "b", "A-b-2.trec": "a"}
 
 
+def test_long_names_make_names_of_files_that_a_system_takes(tmp_path: Path) -> None:
+    """The table was lost when all had been scored, and again at every retry."""
+    names = ["模" * 114 + "/model", "型" * 114 + "/model"]
+    evaluate(THREE, FOUND, {name: Table(A=1, B=3, C=1) for name in names}, output=tmp_path)
+    runs = [path.name for path in (tmp_path / "runs").iterdir()]
+    assert len(runs) == 3
+    assert sum(name.endswith("-model.trec") for name in runs) == 2
+
+
 def test_a_name_that_is_given_twice_is_refused() -> None:
     """The second scorer was given the scores of the first."""
     with pytest.raises(InputError, match="'table' is named twice"):
@@ -433,6 +460,21 @@ def test_the_plot_is_a_picture_even_where_nothing_was_timed(tmp_path: Path) -> N
         plot(evaluate(THREE, FOUND, scorers), tmp_path / f"{number}.png")
 
         assert (tmp_path / f"{number}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_names_stand_in_the_plot_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between two dollar signs a name was a formula, or none that could be drawn."""
+    drawn: list[Any] = []
+    monkeypatch.setattr(report_module, "save_picture", lambda figure, path: drawn.append(figure))
+    name = "a$b_{$"
+    report = evaluate(replace(THREE, name=name), FOUND, {name + "2": Table(A=1, B=3, C=1)}, first_stage=name)
+    timed = [replace(system, seconds=(0.001,)) for system in report.systems]
+
+    plot(replace(report, systems=tuple(timed)), tmp_path / "plot.png")
+
+    (axes,) = drawn[0].axes
+    for text in (axes.title, *axes.texts, *axes.get_legend().get_texts()):
+        assert text._preprocess_math(text.get_text())[0].startswith(name)
 
 
 def test_labels_in_the_plot_lie_neither_on_points_nor_on_each_other(

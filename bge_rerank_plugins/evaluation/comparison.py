@@ -6,6 +6,7 @@ Knows nothing of files of data, of models or of the terminal.
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,9 @@ from .inputs import JudgedSet, Run
 from .measures import Quality, measure, p_value, parse_measures, recall_of_candidates, trec_scores
 from .settings import MEASURES
 from .store import ScoreStore, check_same_data
+
+LONGEST_TAG = 200
+"""Bytes of a system's name in the name of its run, for which file systems have 255."""
 
 
 @dataclass(frozen=True)
@@ -233,6 +237,8 @@ def _write(report: Report, folder: Path, data_digest: str) -> None:
     tags: set[str] = set()
     for system in report.systems:
         tag = "".join(letter if letter.isalnum() or letter in "-._@" else "-" for letter in system.name)
+        while len(os.fsencode(tag)) > LONGEST_TAG:
+            tag = tag[1:]  # of a path the end tells most
         while tag.lower() in tags:  # of another system, whose name differs in such letters
             tag += "-2"
         tags.add(tag.lower())

@@ -43,7 +43,8 @@ def bm25_run(data: JudgedSet, top_k: int | None, *, ignore_identical_ids: bool =
     ids = list(data.passages)
     passages = tokens(list(data.passages.values()))
     if not any(passages):  # not a word in them: nothing to index
-        return _cut({query: {} for query in data.queries}, data, top_k)
+        unscored = {query: dict.fromkeys(data.pools[query] if data.pools else (), 0.0) for query in data.queries}
+        return _cut(unscored, data, top_k)
     index = bm25s.BM25()
     index.index(passages, show_progress=False)
     place = {passage: row for row, passage in enumerate(ids)}

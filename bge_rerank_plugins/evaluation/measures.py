@@ -88,7 +88,7 @@ def measure(measures: Sequence[Measure], data: JudgedSet, run: Run) -> Quality:
     """
     import ir_measures
 
-    qrels = {query: dict(judged) for query, judged in data.qrels.items()}
+    qrels = {query: _as_taken(judged) for query, judged in data.qrels.items()}
     found_something = {query: scores for query, scores in trec_scores(run).items() if scores}  # Judged divides by none
     try:
         results: Any = ir_measures.calc(list(measures), qrels, found_something)
@@ -109,6 +109,11 @@ def measure(measures: Sequence[Measure], data: JudgedSet, run: Run) -> Quality:
         by_all = fmean(values.values()) if left_out and values else float(results.aggregated[measure])
         mean[str(measure)] = by_all
     return Quality(mean, per_query)
+
+
+def _as_taken(judged: Mapping[str, int]) -> dict[str, int]:
+    """A query's judgements: where all are negative nothing is relevant, and pytrec_eval writes past its memory from -2 on."""
+    return dict.fromkeys(judged, 0) if max(judged.values(), default=0) < 0 else dict(judged)
 
 
 def recall_of_candidates(data: JudgedSet, run: Run) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import textwrap
 from pathlib import Path
 
-from ..pictures import labels_apart, new_figure, save_picture
+from ..pictures import as_it_stands, labels_apart, new_figure, save_picture
 from .comparison import Report, System
 
 WIDTH = 80
@@ -53,13 +53,15 @@ def plot(report: Report, path: str | Path) -> None:
     name = report.measures[0]
     base, *systems = report.systems
     axes = figure.subplots()
-    axes.axhline(base.quality.mean[name], color="tab:gray", linestyle="--", label=base.name)
+    axes.axhline(base.quality.mean[name], color="tab:gray", linestyle="--", label=as_it_stands(base.name))
     timed = [system for system in systems if system.milliseconds is not None]
     labels = []
     for number, system in enumerate(timed):
         point = (system.milliseconds or 0.0, system.quality.mean[name])
         axes.plot(*point, "o", color=f"C{number % 10}", markersize=8)
-        labels.append(axes.annotate(system.name, point, xytext=(6, 6), textcoords="offset points", fontsize=9))
+        labels.append(
+            axes.annotate(as_it_stands(system.name), point, xytext=(6, 6), textcoords="offset points", fontsize=9)
+        )
     times = [system.milliseconds or 0.0 for system in timed]
     if times:
         axes.set_xscale("log")
@@ -71,7 +73,7 @@ def plot(report: Report, path: str | Path) -> None:
     axes.set(
         xlabel="milliseconds per query, median",
         ylabel=short_name(name),
-        title=f"{report.data.name}: quality against time",
+        title=f"{as_it_stands(report.data.name)}: quality against time",
     )
     axes.grid(alpha=0.3, which="both")
     axes.legend(loc="lower right")
