@@ -91,23 +91,28 @@ class Checkpoint:
         return options | ({"revision": revision} if revision else {})
 
     @cached_property
-    def commit(self) -> str | None:
-        """The commit that the revision stands for, or None of a directory, and where the hub cannot be asked.
-
-        Looked up once, so that all files are of the same one also when the revision moves meanwhile, and are not asked for
-        where they are known: what is of a commit does not change.
+    def first_file(self) -> Path | None:
+        """The file that the hub is asked for first, or None of a directory, and where the hub and its cache have none.
 
         Raises:
             ValueError: There is no such model, or the hub fails.
         """
-        found = None if Path(self.model).is_dir() else model_file(self, self.found_by)
-        return None if found is None else commit_of(found)
+        return None if Path(self.model).is_dir() else model_file(self, self.found_by)
+
+    @property
+    def commit(self) -> str | None:
+        """The commit that the revision stood for when the first file was looked up.
+
+        So all files are of the same one also when the revision moves meanwhile, and those that are known are not asked for
+        again: what is of a commit does not change. None where there is no first file.
+        """
+        return None if self.first_file is None else commit_of(self.first_file)
 
     def file(self, name: str) -> Path | None:
         """Local path of one file of the checkpoint, downloaded if need be; None if the checkpoint has no such file.
 
         Raises:
-            ValueError: As `commit`.
+            ValueError: As `first_file`.
         """
         return model_file(replace(self, revision=self.commit or self.revision), name)
 
@@ -130,10 +135,14 @@ class Checkpoint:
             raise ValueError(f"model={self.model!r}: not a checkpoint directory, it has no config.json")
         if local.exists() and self.revision is not None:
             logger.warning("revision=%r is not looked at: model=%r is a local directory", self.revision, self.model)
-        options = self.hub_options()
+        if not local.exists() and self.first_file is None:
+            raise ValueError(
+                f"model={self.model!r}: its config.json cannot be read: the hub has none, "
+                "or cannot be asked and its cache has none"
+            )
         try:
             config: dict[str, Any]
-            config, _ = PreTrainedConfig.get_config_dict(self.model, **options)
+            config, _ = PreTrainedConfig.get_config_dict(self.model, **self.hub_options())
         except (OSError, ValueError, TypeError, AttributeError) as error:
             raise ValueError(f"model={self.model!r}: its config.json cannot be read: {error}") from error
         if not isinstance(config, dict):
@@ -202,12 +211,11 @@ class Checkpoint:
         Raises:
             OSError: There is no such adapter.
         """
-        config_name = "adapter_config.json"
-        no_revision = None  # that of the settings is the model's
-        adapter = replace(self, model=str(self.peft_path), revision=no_revision, found_by=config_name)
+        # The revision of the settings is the model's.
+        adapter = replace(self, model=str(self.peft_path), revision=None, found_by="adapter_config.json")
         if Path(adapter.model).is_dir():
             return adapter.model
-        config = adapter.file(config_name)
+        config = adapter.first_file
         if config is None or not any(map(adapter.file, ADAPTER_WEIGHTS)):
             raise FileNotFoundError(f"the hub and its cache have no adapter_config.json, or no {ADAPTER_WEIGHTS[0]}")
         return str(config.parent)

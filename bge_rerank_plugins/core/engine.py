@@ -228,9 +228,8 @@ class Engine:
             self._forget(index)
 
     def _load_and_run(self, index: int, device_name: str | None) -> None:
-        worker = Worker(
-            self._settings, device_name, self._checkpoint
-        )  # gone with this frame, before the device's memory is given back
+        # Gone with this frame, before the device's memory is given back.
+        worker = Worker(self._settings, device_name, self._checkpoint)
         self._report_loaded(index, worker.family)
         self._run(worker)
 
