@@ -16,7 +16,7 @@ class Hub(ThreadingHTTPServer):
 
     Args:
         repositories: What each has, commit by commit; nothing by default. Whenever a file of main was fetched, somebody commits.
-        failing: Names of files for which the hub fails, with the status, or 0 for a connection that breaks before the content.
+        failing: Names of files for which the hub fails, * for all, with the status; 0: the connection breaks before the content.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class Repositories(BaseHTTPRequestHandler):
 
     def _answer(self) -> bytes | None:
         self.server.asked.append((self.path, self.headers["Authorization"]))
-        status = self.server.failing.get(self._asked()[2])
+        status = self.server.failing.get(self._asked()[2], self.server.failing.get("*"))
         if status:
             self.send_error(status)
         if status or (status == 0 and self.command == "GET"):

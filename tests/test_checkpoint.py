@@ -110,10 +110,16 @@ QUICK = "import time\ntime.sleep = lambda seconds: None  # between the hub's ret
 
 @pytest.mark.parametrize("scorer", ["Scorer", "onnx.OnnxScorer"])
 @pytest.mark.parametrize(
-    ("name", "status"), [("tokenizer_config.json", 500), ("config.json", 503), ("config.json", 0)], ids=str
+    ("name", "status", "told"),
+    [
+        ("tokenizer_config.json", 500, "tokenizer_config.json cannot be had: "),
+        ("config.json", 503, "config.json"),
+        ("config.json", 0, "config.json cannot be had: "),
+    ],
+    ids=str,
 )
 def test_a_file_that_the_hub_fails_to_give_is_not_taken_for_one_that_is_not_there(
-    name: str, status: int, scorer: str, encoder_dir: str, tmp_path: Path
+    name: str, status: int, told: str, scorer: str, encoder_dir: str, tmp_path: Path
 ) -> None:
     """Texts were cut on the other side, and a connection that broke ended in an error of an HTTP library."""
     code = (
@@ -123,7 +129,24 @@ def test_a_file_that_the_hub_fails_to_give_is_not_taken_for_one_that_is_not_ther
     )
     with Hub({"some-org/model": [Path(encoder_dir)]}, {name: status}) as hub:
         ran = hub.run(code, tmp_path / "home")
-    assert f"model='some-org/model': {name} cannot be had: " in ran.stdout, ran.stderr
+    assert ran.stdout.startswith("model='some-org/model': "), ran.stderr
+    assert told in ran.stdout
+
+
+@pytest.mark.parametrize("status", [403, 503])
+def test_a_model_that_is_wholly_in_the_cache_is_scored_while_the_hub_is_down(
+    status: int, encoder_dir: str, tmp_path: Path
+) -> None:
+    """Nothing in the cache says which files the model never had, where something else than this package put it there."""
+    put_into_cache(tmp_path / "cache", "some-org/model", Path(encoder_dir))
+    options = {"cache_dir": str(tmp_path / "cache")}
+    code = (
+        f"{QUICK}from bge_rerank_plugins import Scorer\nprint(Scorer('some-org/model', **{options}).score('a', ['b']))"
+    )
+    with Hub(failing={"*": status}) as hub:
+        ran = hub.run(code, tmp_path / "home")
+    with Scorer(encoder_dir) as scorer:
+        assert json.loads(ran.stdout) == pytest.approx(scorer.score("a", ["b"]), abs=1e-5), ran.stderr
 
 
 FOUND_BY = ["/some-org/model/resolve/main/config.json", "/some-org/adapter/resolve/main/adapter_config.json"]

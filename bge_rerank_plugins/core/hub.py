@@ -65,10 +65,27 @@ def model_file(place: RerankSettings | Checkpoint, name: str) -> Path | None:
             )
         )
     except Exception as error:  # an HTTP library's own among them
-        no_way = isinstance(error, LocalEntryNotFoundError) and not isinstance(error.__cause__, HfHubHTTPError)
-        if no_way or (isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError)):
-            return None
-        raise ValueError(f"model={place.model!r}: {name} cannot be had: {error}") from error
+        if isinstance(error, LocalEntryNotFoundError):
+            failed = isinstance(error.__cause__, HfHubHTTPError) and _gives_others(place)
+        else:
+            failed = not isinstance(error, EntryNotFoundError)
+        if failed:
+            raise ValueError(f"model={place.model!r}: {name} cannot be had: {error}") from error
+        return None
+
+
+def _gives_others(place: RerankSettings | Checkpoint) -> bool:
+    """Whether the hub fails for one file alone. It may be down, or behind what refuses all: then the cache is all there is."""
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+    from huggingface_hub.errors import EntryNotFoundError
+
+    try:
+        get_hf_file_metadata(hf_hub_url(place.model, "config.json", revision=place.revision), token=place.token)
+    except EntryNotFoundError:
+        return True
+    except Exception:
+        return False
+    return True
 
 
 def _is_commit(revision: str | None) -> bool:
