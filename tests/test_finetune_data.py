@@ -270,9 +270,28 @@ def test_a_query_is_held_out_with_all_its_lines_or_not_at_all(queries: list[str]
     assert sorted([*training, *held_out], key=lambda example: int(example.place)) == examples
     assert training
     assert len(held_out) <= most
-    largest = max(Counter(map(same_text, queries)).values())
-    if share and largest <= min(most, len(queries) - 1):
+    smallest = min(Counter(map(same_text, queries)).values())
+    assert len(held_out) <= max(1, round(share * len(queries)), smallest)
+    if share and smallest <= min(most, len(queries) // 2):
         assert held_out
+
+
+@pytest.mark.parametrize(
+    ("sizes", "held"), [([90] + [1] * 10, 10), ([400, 10], 10), ([600] * 10, 0), ([200, 100], 100), ([20], 0)], ids=str
+)
+@pytest.mark.parametrize("seed", range(4))
+def test_queries_with_many_lines_do_not_take_what_there_is_to_train_on(sizes: list[int], held: int, seed: int) -> None:
+    """One of them was held out whole, with nine tenths of the data, or none was where the first that were drawn were too many."""
+    lines = [str(query) for query, size in enumerate(sizes) for _ in range(size)]
+    examples = [example_of({"query": line, "pos": ["a"], "neg": []}, "") for line in lines]
+    assert len(split_held_out(examples, 0.1, 500, seed)[1]) == held
+
+
+def test_that_nothing_can_be_held_out_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    data = write_lines(tmp_path / "data.jsonl", [{"query": "q", "pos": ["a"], "neg": ["b"]}] * 20)
+    flags = ["--train-group-size=2", "--max-steps=1"]
+    assert main([*command_line("finetune", data, str(tmp_path / "out")), *flags]) == 0
+    assert "no lines are held out, so that no MRR is measured" in caplog.text
 
 
 # Losses.

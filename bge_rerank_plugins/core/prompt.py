@@ -38,6 +38,7 @@ class Prompt:
         checkpoint: Where the tokenizer is.
         settings: With the user's prompt, instructions and lengths; what is None is as in the model card.
         positions: Number of positions that the checkpoint has, for query, passage, separator and prompt.
+        tokenizer: The checkpoint's, if it is there already.
 
     Attributes:
         max_length: Longest query and passage in tokens, first token and the separator between them included.
@@ -49,8 +50,8 @@ class Prompt:
             weights do not know.
     """
 
-    def __init__(self, checkpoint: Checkpoint, settings: RerankSettings, positions: int) -> None:
-        tokenizer: Any = load_tokenizer(checkpoint)
+    def __init__(self, checkpoint: Checkpoint, settings: RerankSettings, positions: int, tokenizer: Any = None) -> None:
+        tokenizer = load_tokenizer(checkpoint) if tokenizer is None else tokenizer
         self._words = Words(tokenizer.backend_tokenizer, checkpoint.config.get("vocab_size"), checkpoint.model)
         self._side: str = tokenizer.truncation_side
         self._separator, prompt, answer = self._words.ids([SEPARATOR, _or_default(settings.prompt, PROMPT), ANSWER])

@@ -132,17 +132,24 @@ def same_text(text: str) -> str:
 def split_held_out(examples: list[Example], share: float, most: int, seed: int) -> tuple[list[Example], list[Example]]:
     """Lines to train on and lines to measure MRR on, each in the order of the file; those of one query stay together.
 
-    As few queries are held out as have that share of the lines, and never more than `most` lines, nor all of them.
+    Queries are held out while they fit into that share of the lines and into `most` lines; where none does, the smallest one is,
+    if it leaves at least half of the lines.
     """
     lines = Counter(same_text(example.query) for example in examples)
-    most = min(most, len(examples) - 1)
-    count = min(most, max(1, round(share * len(examples)))) if share else 0
+    count = min(most, len(examples) - 1, max(1, round(share * len(examples)))) if share else 0
+    draw = random.Random(f"{seed} held out")
+    first = dict.fromkeys(draw.sample(list(lines), min(count, len(lines))))
+    rest = [query for query in lines if query not in first]
+    draw.shuffle(rest)
     held_out: set[str] = set()
     held = 0
-    for query in random.Random(f"{seed} held out").sample(list(lines), min(count, len(lines))):
-        if held < count and held + lines[query] <= most:
+    for query in (*first, *rest):
+        if held + lines[query] <= count:
             held_out.add(query)
             held += lines[query]
+    smallest = min(lines, key=lines.__getitem__, default="")
+    if count and not held_out and lines[smallest] <= min(most, len(examples) // 2):
+        held_out = {smallest}
     parts: tuple[list[Example], list[Example]] = ([], [])
     for example in examples:
         parts[same_text(example.query) in held_out].append(example)

@@ -143,7 +143,12 @@ def _read(settings: FinetuneSettings) -> tuple[list[Example], list[Example], lis
     if settings.eval_data is not None:
         held_out = read_examples(settings.eval_data)
         return examples, held_out, examples + held_out
-    return *split_held_out(examples, settings.held_out, settings.max_held_out, settings.seed), examples
+    training, held_out = split_held_out(examples, settings.held_out, settings.max_held_out, settings.seed)
+    if settings.held_out and not held_out:
+        logger.warning(
+            "no lines are held out, so that no MRR is measured: every query has too many of them; give eval_data"
+        )
+    return training, held_out, examples
 
 
 def _check_folder(folder: Path, settings: FinetuneSettings) -> None:

@@ -115,10 +115,12 @@ class Trainee(nn.Module, ABC):
 
     def encoder(self) -> Callable[[str | None], Encode]:
         """What makes token ids of a query and its passages, for each prompt."""
+        tokenizer = load_tokenizer(self.checkpoint)  # one, also where each line has a prompt of its own
 
         @cache
         def encode_for(prompt: str | None) -> Encode:
-            return Prompt(self.checkpoint, rerank_settings(self.settings, prompt), self._positions()).encode
+            settings = rerank_settings(self.settings, prompt)
+            return Prompt(self.checkpoint, settings, self._positions(), tokenizer).encode
 
         return lambda prompt: encode_for(prompt or self.settings.prompt)
 
