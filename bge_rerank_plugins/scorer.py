@@ -132,9 +132,8 @@ class Scorer:
         return self._settings.model_copy()
 
     def has_settings_of(self, settings: RerankSettings) -> bool:
-        """Whether `settings`, or an adapter's fields, are those of this scorer."""
+        """Whether `settings`, or an adapter's fields, are those of this scorer once checked, as a `model_copy` is not."""
         given = {name: getattr(settings, name) for name in RerankSettings.model_fields}
-        # Once more as they are checked: what pydantic's `model_copy` is told, it takes as it stands.
         return given == dict(self._settings) or RerankSettings(**given) == self._settings
 
     def score(self, query: str, passages: Sequence[str]) -> list[float]:
@@ -149,7 +148,8 @@ class Scorer:
 
         Raises:
             ValueError: Something is not a string; the model cannot be loaded; a score is not a number.
-            RuntimeError: The model failed, the scorer is closed, or, as `core.engine.QueueFullError`, too much waits already.
+            RuntimeError: The model failed, or the scorer is closed; with `when_full="error"`, as `core.engine.QueueFullError`,
+                too much waits already.
         """
         texts = checked_texts(query, passages)
         if not texts:

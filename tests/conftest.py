@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,14 @@ def oracle_cases(family: str) -> list[Any]:
     return [
         pytest.param(case, id=f"{family}-{case['max_length']}") for case in ORACLE["cases"] if case["family"] == family
     ]
+
+
+def printed_by(program: str) -> str:
+    """What a program prints that forks, or could wait for ever, and ends well."""
+    command = [sys.executable, "-W", "ignore", "-c", program]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import DATA, oracle_cases
+from conftest import DATA, oracle_cases, printed_by
 from hub import Hub
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
@@ -84,16 +84,10 @@ def asked():
 """
 
 
-def printed_by(program: str) -> list[str]:
-    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
-    assert ran.returncode == 0, ran.stderr
-    return ran.stdout.splitlines()
-
-
 def test_a_scorer_may_be_closed_by_a_signals_handler_while_it_loads(exported: str) -> None:
     """The handler runs in the thread that loads, and waited for itself."""
     ends = "def interrupt():\n    scorer.close()\nasked()\nprint(scorer._graph)"
-    assert printed_by(LOADS.format(exported) + ends) == ["this OnnxScorer is closed", "None"]
+    assert printed_by(LOADS.format(exported) + ends).splitlines() == ["this OnnxScorer is closed", "None"]
 
 
 def test_a_child_that_was_forked_while_a_graph_was_being_loaded_is_told(exported: str) -> None:
@@ -113,7 +107,7 @@ done.set()
 thread.join()
 asked()
 """
-    told, scored = printed_by(LOADS.format(exported) + forks)
+    told, scored = printed_by(LOADS.format(exported) + forks).splitlines()
     assert told.startswith("this process was forked while a thread was loading the model")
     assert scored == "1"
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import DATA
+from conftest import DATA, printed_by
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import texts
@@ -478,14 +478,6 @@ print([worker.is_alive() for worker in workers])
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     assert "True" not in done.stdout
-
-
-def printed_by(program: str) -> str:
-    """What a program prints that forks and ends well."""
-    command = [sys.executable, "-W", "ignore", "-c", program]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 @pytest.mark.parametrize(

@@ -32,12 +32,7 @@ class TrainingCheckpoint(Checkpoint):
     @property
     def is_base_model(self) -> bool:
         """Whether it has no scoring head yet."""
-        return any(name in RERANKER_OF for name in self.published_architectures)
-
-    @property
-    def published_architectures(self) -> list[str]:
-        """What config.json names, before it is read as a reranker's."""
-        return list(super().config.get("architectures") or [])
+        return any(name in RERANKER_OF for name in super().config.get("architectures") or [])
 
     @property
     def config(self) -> dict[str, Any]:
