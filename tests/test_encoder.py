@@ -283,7 +283,7 @@ def test_an_adapter_may_bring_the_head_that_the_base_model_lacks(
         inputs = {"input_ids": torch.tensor([ids.input_ids]), "token_type_ids": torch.tensor([ids.token_type_ids])}
         want = adapted.eval()(**inputs).logits.item()
     with Scorer(str(bare), peft_path=str(tmp_path / "adapter")) as scorer:
-        assert scorer.score("panda", ["hi"]) == pytest.approx([want], abs=1e-5)
+        assert scorer.score("panda", ["hi"]) == pytest.approx([want], abs=1e-4)
     with pytest.raises(ValueError, match="BertModel, which is not supported"):
         Scorer(str(bare)).score("panda", ["hi"])
 
