@@ -39,6 +39,7 @@ from rich.console import Console
 from rich.table import Table
 from tokenizers import Tokenizer
 
+from bge_rerank_plugins.core.linear import PackedLinear, can_pack
 from bge_rerank_plugins.docstrings import standard_library
 
 _T = TypeVar("_T")
@@ -263,23 +264,28 @@ def _lengths(directory: Path, family: str, workload: Workload) -> tuple[list[int
 
 
 def _ceiling(shape: Shape, device: str, dtype: torch.dtype) -> float:
-    """TFLOP/s of the products of the model's layers, the best of many of each, on random data."""
+    """TFLOP/s of the products of the model's layers, the best of many of each, on random data.
+
+    By torch's own product, or on a CPU by oneDNN's of weights that it has laid out, whichever is faster here.
+    """
     rows = 2048 if device == "cpu" else 16384
     flop = seconds = 0.0
     with torch.inference_mode():
         for inputs, outputs, count in shape.products():
             left = torch.randn(rows, inputs, device=device).to(dtype)
-            weight = torch.randn(outputs, inputs, device=device).to(dtype)
-            seconds += count * min(_timed(left, weight, 1 if device == "cpu" else 20) for _ in range(20))
+            layer = torch.nn.Linear(inputs, outputs, bias=False, device=device, dtype=dtype)
+            layers = [layer, PackedLinear(layer)] if device == "cpu" and can_pack(dtype) else [layer]
+            times = 1 if device == "cpu" else 20
+            seconds += count * min(_timed(left, product, times) for _ in range(20) for product in layers)
             flop += count * 2 * rows * inputs * outputs
     return flop / seconds / 1e12
 
 
-def _timed(left: torch.Tensor, weight: torch.Tensor, times: int) -> float:
+def _timed(left: torch.Tensor, layer: torch.nn.Module, times: int) -> float:
     """Seconds of one product; of several in a row where each is so short that to launch it and to wait would count."""
     start = time.perf_counter()
     for _ in range(times):
-        torch.nn.functional.linear(left, weight)
+        layer(left)
     if left.device.type == "cuda":
         torch.cuda.synchronize(left.device)
     return (time.perf_counter() - start) / times
