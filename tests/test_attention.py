@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
-from bge_rerank_plugins.core import attention
+from bge_rerank_plugins.core import attention, convolution
 from bge_rerank_plugins.core.packing import Pack, pack_sequences
 from bge_rerank_plugins.core.sequences import TokenSequence
 
@@ -65,7 +67,13 @@ def plain(
 
 
 @pytest.mark.parametrize(
-    ("name", "sdpa"), [("_attend_segments", True), ("_attend_segments", False), ("_attend_padded", True)]
+    ("name", "sdpa", "convolved"),
+    [
+        ("_attend_segments", True, False),
+        ("_attend_segments", False, False),
+        ("_attend_segments", True, True),
+        ("_attend_padded", True, False),
+    ],
 )
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 @pytest.mark.parametrize(("pack", "causal", "window", "softcap"), CASES)
@@ -73,6 +81,7 @@ def plain(
 def test_every_implementation_is_plain_attention(
     name: str,
     sdpa: bool,
+    convolved: bool,
     kv_heads: int,
     pack: Pack,
     causal: bool,
@@ -83,12 +92,55 @@ def test_every_implementation_is_plain_attention(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(attention, "_sdpa_is_faster", lambda dtype: sdpa)  # what the processor says, not what is tested
+    monkeypatch.setattr(attention, "convolution_pays", lambda tokens, dtype: convolved)
     query, key, value = states(pack, dtype, kv_heads=kv_heads)
     want = plain(query, key, value, pack, causal, window, softcap)
     got = getattr(attention, name)(query, key, value, pack, 8**-0.5, causal, window, softcap)
     assert got.dtype == dtype
     assert (got.data_ptr() == query.data_ptr()) == (name == "_attend_segments"), "over the queries, or not"
     torch.testing.assert_close(got.double(), want, atol=tolerance, rtol=tolerance)
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    lengths=st.lists(st.integers(1, 90), min_size=1, max_size=5),
+    at_once=st.sampled_from([7, 32, 256]),
+    seed=st.integers(0, 2**16),
+)
+def test_convolutions_are_plain_attention_and_leave_their_neighbours_alone(
+    lengths: list[int], at_once: int, seed: int
+) -> None:
+    """Wherever the segment stands, its last tokens among them, and however its queries are divided."""
+    generator = torch.Generator().manual_seed(seed)
+    query, key, value = (torch.randn(sum(lengths), 3, 8, generator=generator) for _ in range(3))
+    pack = pack_sequences([TokenSequence(list(range(n))) for n in lengths])
+    want, before = plain(query, key, value, pack, False, None, None), query.clone()
+    chosen = pack.segments[seed % len(lengths)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(convolution, "QUERIES_AT_ONCE", at_once)
+        convolution.attend_by_convolution(query, key, value, chosen.start, chosen.stop, 8**-0.5)
+    own = slice(chosen.start, chosen.stop)
+    torch.testing.assert_close(query[own].double(), want[own], atol=1e-5, rtol=1e-5)
+    before[own] = query[own]
+    assert torch.equal(query, before)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "dtype", "faster", "enabled", "pays"),
+    [
+        (96, torch.float32, True, True, True),
+        (95, torch.float32, True, True, False),
+        (96, torch.bfloat16, True, True, False),
+        (96, torch.float32, False, True, False),
+        (96, torch.float32, True, False, False),
+    ],
+)
+def test_convolutions_are_for_long_segments_in_float32_where_oneDNN_is_the_faster(
+    tokens: int, dtype: torch.dtype, faster: bool, enabled: bool, pays: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(convolution, "onednn_beats_blas", lambda: faster)
+    monkeypatch.setattr(torch.backends.mkldnn, "enabled", enabled)
+    assert convolution.convolution_pays(tokens, dtype) == pays
 
 
 @pytest.mark.parametrize("kernel", [False, True])

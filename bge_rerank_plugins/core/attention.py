@@ -18,6 +18,7 @@ from torch.nn.functional import scaled_dot_product_attention, softmax
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AttentionInterface
 
+from .convolution import attend_by_convolution, convolution_pays
 from .packing import Pack
 
 ATTENTION = "bge_pack"
@@ -103,16 +104,21 @@ def _attend_segments(
     window: int | None,
     softcap: float | None,
 ) -> Tensor:
-    """One product per segment, by SDPA or in explicit steps, whichever is faster for this precision on this processor.
+    """One product per segment, by SDPA, in explicit steps or by convolutions, whatever is fastest here for its precision.
 
     The output overwrites the queries, which nobody else reads: a pack's states are tens of megabytes for the system to find.
     """
-    output = query
+    output, keys, values = query, key, value
     query, key, value = _grouped(query, key, value)
+    plain = softcap is None and not causal and window is None
+    own_keys = keys.shape == output.shape  # as many key heads as heads, and no kept prefixes before them
     by_sdpa = softcap is None and _sdpa_is_faster(query.dtype)
     attend = _segment_by_sdpa if by_sdpa else _segment_in_steps
-    widened = by_sdpa and query.dtype == torch.bfloat16 and not causal and window is None
+    widened = plain and by_sdpa and query.dtype == torch.bfloat16
     for start, stop, prefix_start, prefix_stop in pack.segments:
+        if plain and own_keys and prefix_start == prefix_stop and convolution_pays(stop - start, query.dtype):
+            attend_by_convolution(output, keys, values, start, stop, scaling)
+            continue
         q, k, v = (states[:, :, start:stop] for states in (query, key, value))
         wide = start + -(-(stop - start) // KEYS_AT_ONCE) * KEYS_AT_ONCE
         if widened and prefix_start == prefix_stop and stop < wide <= len(output):
