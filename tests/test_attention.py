@@ -3,6 +3,7 @@ its arguments, everywhere, against a plain implementation of the kernel's contra
 
 import sys
 import types
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from bge_rerank_plugins.core import attention, convolution
+from bge_rerank_plugins.core import attention, convolution, products
 from bge_rerank_plugins.core.packing import Pack, pack_sequences
 from bge_rerank_plugins.core.sequences import TokenSequence
 
@@ -67,12 +68,13 @@ def plain(
 
 
 @pytest.mark.parametrize(
-    ("name", "sdpa", "convolved"),
+    ("name", "sdpa", "in_place"),
     [
-        ("_attend_segments", True, False),
-        ("_attend_segments", False, False),
-        ("_attend_segments", True, True),
-        ("_attend_padded", True, False),
+        ("_attend_segments", True, None),
+        ("_attend_segments", False, None),
+        ("_attend_segments", True, convolution.attend_by_convolution),
+        ("_attend_segments", False, products.attend_by_products),
+        ("_attend_padded", True, None),
     ],
 )
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
@@ -81,7 +83,7 @@ def plain(
 def test_every_implementation_is_plain_attention(
     name: str,
     sdpa: bool,
-    convolved: bool,
+    in_place: Callable[..., None] | None,
     kv_heads: int,
     pack: Pack,
     causal: bool,
@@ -92,7 +94,7 @@ def test_every_implementation_is_plain_attention(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(attention, "_sdpa_is_faster", lambda dtype: sdpa)  # what the processor says, not what is tested
-    monkeypatch.setattr(attention, "convolution_pays", lambda tokens, dtype: convolved)
+    monkeypatch.setattr(attention, "_in_place_form", lambda tokens, dtype: in_place)
     query, key, value = states(pack, dtype, kv_heads=kv_heads)
     want = plain(query, key, value, pack, causal, window, softcap)
     got = getattr(attention, name)(query, key, value, pack, 8**-0.5, causal, window, softcap)
@@ -101,16 +103,17 @@ def test_every_implementation_is_plain_attention(
     torch.testing.assert_close(got.double(), want, atol=tolerance, rtol=tolerance)
 
 
+@pytest.mark.parametrize("attend", [convolution.attend_by_convolution, products.attend_by_products])
 @settings(deadline=None, max_examples=40)
 @given(
     lengths=st.lists(st.integers(1, 90), min_size=1, max_size=5),
     at_once=st.sampled_from([7, 32, 256]),
     seed=st.integers(0, 2**16),
 )
-def test_convolutions_are_plain_attention_and_leave_their_neighbours_alone(
-    lengths: list[int], at_once: int, seed: int
+def test_attention_in_place_is_plain_attention_and_leaves_its_neighbours_alone(
+    attend: Callable[..., None], lengths: list[int], at_once: int, seed: int
 ) -> None:
-    """Wherever the segment stands, its last tokens among them, and however its queries are divided."""
+    """Wherever the segment stands, its last tokens among them, and however its queries or heads are divided."""
     generator = torch.Generator().manual_seed(seed)
     query, key, value = (torch.randn(sum(lengths), 3, 8, generator=generator) for _ in range(3))
     pack = pack_sequences([TokenSequence(list(range(n))) for n in lengths])
@@ -118,7 +121,8 @@ def test_convolutions_are_plain_attention_and_leave_their_neighbours_alone(
     chosen = pack.segments[seed % len(lengths)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(convolution, "QUERIES_AT_ONCE", at_once)
-        convolution.attend_by_convolution(query, key, value, chosen.start, chosen.stop, 8**-0.5)
+        patch.setattr(products, "LOGITS_AT_ONCE", at_once * 96)
+        attend(query, key, value, chosen.start, chosen.stop, 8**-0.5)
     own = slice(chosen.start, chosen.stop)
     torch.testing.assert_close(query[own].double(), want[own], atol=1e-5, rtol=1e-5)
     before[own] = query[own]
@@ -141,6 +145,38 @@ def test_convolutions_are_for_long_segments_in_float32_where_oneDNN_is_the_faste
     monkeypatch.setattr(convolution, "onednn_beats_blas", lambda: faster)
     monkeypatch.setattr(torch.backends.mkldnn, "enabled", enabled)
     assert convolution.convolution_pays(tokens, dtype) == pays
+
+
+@pytest.mark.parametrize(
+    ("dtype", "amx", "form"),
+    [
+        (torch.bfloat16, False, products.attend_by_products),
+        (torch.bfloat16, True, None),
+        (torch.float16, False, None),  # a state may be infinite there, and a weight of 0 makes it no number
+    ],
+)
+def test_products_head_by_head_are_for_bfloat16_without_amx(
+    dtype: torch.dtype, amx: bool, form: Callable[..., None] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": amx})
+    monkeypatch.setattr(attention, "_sdpa_is_faster", attention._sdpa_is_faster.__wrapped__)  # asks each time
+    assert attention._in_place_form(300, dtype) is form
+
+
+def test_products_of_many_lengths_have_few_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For each of which oneDNN keeps a program: 70 MB of them for 64 sizes, 1.2 GB for 493."""
+    sizes = set()
+    multiply = torch.bmm
+
+    def seen(left: Tensor, right: Tensor, **options: Any) -> Tensor:
+        sizes.add((left.shape, right.shape))
+        return multiply(left, right, **options)
+
+    monkeypatch.setattr(torch, "bmm", seen)
+    query, key, value = (torch.randn(512, 2, 8).bfloat16() for _ in range(3))
+    for tokens in range(1, 513):
+        products.attend_by_products(query, key, value, 0, tokens, 8**-0.5)
+    assert len(sizes) <= 64
 
 
 @pytest.mark.parametrize("kernel", [False, True])

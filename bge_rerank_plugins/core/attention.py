@@ -20,6 +20,7 @@ from transformers import AttentionInterface
 
 from .convolution import attend_by_convolution, convolution_pays
 from .packing import Pack
+from .products import attend_by_products
 
 ATTENTION = "bge_pack"
 
@@ -104,7 +105,7 @@ def _attend_segments(
     window: int | None,
     softcap: float | None,
 ) -> Tensor:
-    """One product per segment, by SDPA, in explicit steps or by convolutions, whatever is fastest here for its precision.
+    """One product per segment, in the form that is fastest here for its precision and length.
 
     The output overwrites the queries, which nobody else reads: a pack's states are tens of megabytes for the system to find.
     """
@@ -116,8 +117,9 @@ def _attend_segments(
     attend = _segment_by_sdpa if by_sdpa else _segment_in_steps
     widened = plain and by_sdpa and query.dtype == torch.bfloat16
     for start, stop, prefix_start, prefix_stop in pack.segments:
-        if plain and own_keys and prefix_start == prefix_stop and convolution_pays(stop - start, query.dtype):
-            attend_by_convolution(output, keys, values, start, stop, scaling)
+        in_place = _in_place_form(stop - start, query.dtype)
+        if in_place is not None and plain and own_keys and prefix_start == prefix_stop:
+            in_place(output, keys, values, start, stop, scaling)
             continue
         q, k, v = (states[:, :, start:stop] for states in (query, key, value))
         wide = start + -(-(stop - start) // KEYS_AT_ONCE) * KEYS_AT_ONCE
@@ -156,6 +158,13 @@ def _grouped(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor,
     _, kv_heads, head_dim = key.shape
     queries = query.view(len(query), kv_heads, -1, head_dim).permute(1, 2, 0, 3)
     return queries, key.transpose(0, 1)[:, None], value.transpose(0, 1)[:, None]
+
+
+def _in_place_form(tokens: int, dtype: torch.dtype) -> Callable[[Tensor, Tensor, Tensor, int, int, float], None] | None:
+    """What overwrites the queries of a segment that sees all of its own keys and no others, if that is faster than SDPA."""
+    if convolution_pays(tokens, dtype):
+        return attend_by_convolution
+    return attend_by_products if dtype == torch.bfloat16 and not _sdpa_is_faster(dtype) else None
 
 
 @cache

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import conv2d, conv_transpose2d, pad
+from torch.nn.functional import conv2d, conv_transpose2d
 
 from .linear import onednn_beats_blas, rows_for
+from .products import widened
 
 FEWEST_TOKENS = 96
 """A shorter segment is not worth two calls of some 30 us more."""
@@ -51,7 +52,7 @@ def attend_by_convolution(query: Tensor, key: Tensor, value: Tensor, start: int,
     _, heads, head_dim = query.shape
     own = stop - start
     wide = -(-rows_for(own) // LANES) * LANES
-    q, k, v = (_widened(states[start : start + wide], wide) for states in (query, key, value))
+    q, k, v = (widened(states[start : start + wide], wide) for states in (query, key, value))
     keys = torch.mul(k.transpose(0, 1), scaling, out=k.new_empty(heads, wide, head_dim)).view(-1, head_dim, 1, 1)
     values = v.transpose(0, 1).reshape(-1, head_dim, 1, 1)
     for first in range(0, own, QUERIES_AT_ONCE):
@@ -62,11 +63,6 @@ def attend_by_convolution(query: Tensor, key: Tensor, value: Tensor, start: int,
         attended = _channels(conv_transpose2d(_pixels(weights), values, groups=heads)).view(rows.shape)
         count = min(len(rows), own - first)
         query[start + first : start + first + count] = attended[:count]
-
-
-def _widened(states: Tensor, rows: int) -> Tensor:
-    missing = rows - len(states)
-    return states if missing == 0 else pad(states, (0, 0, 0, 0, 0, missing))
 
 
 def _pixels(states: Tensor) -> Tensor:
