@@ -32,7 +32,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch
 from benchmark_load import show_load
 from benchmark_models import FAMILIES, Shape, make_checkpoint
-from benchmark_peers import CONTENDERS, CUTOFF, OURS, PeerMissing
+from benchmark_peers import BFLOAT16, CONTENDERS, CUTOFF, OURS, PeerMissing
 from benchmark_process import Contender
 from rich import box
 from rich.console import Console
@@ -110,8 +110,11 @@ def main() -> None:
         )
         with ExitStack() as stack:
             contenders = _contenders(options, directory, console, stack)
+            ceilings = dict.fromkeys(contenders, ceiling)
+            if BFLOAT16 in contenders:
+                ceilings[BFLOAT16] = _ceiling(shape, options.device, torch.bfloat16)
             for workload in workloads:
-                rows = _in_turns(workload, contenders, options, directory, shape, ceiling, console)
+                rows = _in_turns(workload, contenders, options, directory, shape, ceilings, console)
                 _show(console, rows)
                 results += rows
                 if options.json:  # after each, lest a run that breaks off loses all
@@ -208,7 +211,7 @@ def _in_turns(
     options: argparse.Namespace,
     directory: Path,
     shape: Shape,
-    ceiling: float,
+    ceilings: dict[str, float],
     console: Console,
 ) -> list[Result]:
     """Every contender to warm up, then all of them in turns; a peer that fails is left out, by name."""
@@ -236,7 +239,7 @@ def _in_turns(
             tokens=sum(lengths),
             seconds=seconds[name],
             tflop=tflop * (28 / 40 if name == CUTOFF else 1),
-            ceiling_tflops=ceiling,
+            ceiling_tflops=ceilings[name],
             difference=max(abs(a - b) for a, b in zip(ours, scores[name], strict=True)),
         )
         for name in scores

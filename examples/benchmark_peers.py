@@ -23,13 +23,19 @@ def _import(name: str, package: str) -> Any:
         raise PeerMissing(f"pip install {package}: {error}") from error
 
 
-def _this_package(cutoff_layer: int | None = None, *, int8: bool = False) -> Make:
+def _this_package(cutoff_layer: int | None = None, *, dtype: str | None = None) -> Make:
+    """This package in the run's precision, or in another one beside it."""
+    other = dtype
+
     def make(directory: Path, dtype: torch.dtype, device: str) -> Score:
         from bge_rerank_plugins import Scorer
 
-        if int8 and device != "cpu":
+        name: Any = str(dtype).removeprefix("torch.")
+        if other == "int8" and device != "cpu":
             raise PeerMissing("int8 is for CPUs")
-        name: Any = "int8" if int8 else str(dtype).removeprefix("torch.")
+        if other == name:
+            raise PeerMissing(f"the whole run is in {name}")
+        name = other or name
         return Scorer(str(directory), dtype=name, device=device, cutoff_layer=cutoff_layer).score
 
     return make
@@ -182,11 +188,13 @@ def _model_card_layerwise(directory: Path, dtype: torch.dtype, device: str) -> S
 OURS = "this package"
 CUTOFF = f"{OURS}, cutoff 28 of 40"
 INT8 = f"{OURS}, int8"
+BFLOAT16 = f"{OURS}, bfloat16"
 
 CONTENDERS: dict[str, dict[str, Make]] = {
     "encoder": {
         OURS: _this_package(),
-        INT8: _this_package(int8=True),
+        INT8: _this_package(dtype="int8"),
+        BFLOAT16: _this_package(dtype="bfloat16"),
         "CrossEncoder, defaults": _cross_encoder(None),
         "CrossEncoder, batches of 8": _cross_encoder(8),
         "FlagEmbedding, defaults": _flag_embedding(None),
@@ -197,13 +205,15 @@ CONTENDERS: dict[str, dict[str, Make]] = {
     },
     "decoder": {
         OURS: _this_package(),
-        INT8: _this_package(int8=True),
+        INT8: _this_package(dtype="int8"),
+        BFLOAT16: _this_package(dtype="bfloat16"),
         "transformers, as the model card": _model_card_decoder,
     },
     "layerwise": {
         OURS: _this_package(),
         CUTOFF: _this_package(cutoff_layer=28),
-        INT8: _this_package(int8=True),
+        INT8: _this_package(dtype="int8"),
+        BFLOAT16: _this_package(dtype="bfloat16"),
         "transformers, as the model card": _model_card_layerwise,
     },
 }

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from benchmark import _tried
-from benchmark_peers import CONTENDERS, INT8, OURS, PeerMissing
+from benchmark_peers import BFLOAT16, CONTENDERS, INT8, OURS, PeerMissing
 from benchmark_process import Contender
 from conftest import DATA
 from rich.console import Console
@@ -33,6 +33,14 @@ def test_the_contender_in_int8_is_another_and_for_a_cpu(family: str) -> None:
     assert ours(QUERY, PASSAGES) != rounded(QUERY, PASSAGES) == pytest.approx(ours(QUERY, PASSAGES), abs=0.5)
     with pytest.raises(PeerMissing, match="int8 is for CPUs"):
         CONTENDERS[family][INT8](DATA / family, torch.float32, "cuda")
+
+
+@pytest.mark.parametrize("family", ["encoder", "decoder", "layerwise"])
+def test_the_contender_in_bfloat16_is_another_of_runs_in_float32(family: str) -> None:
+    ours, half = (CONTENDERS[family][name](DATA / family, torch.float32, "cpu") for name in (OURS, BFLOAT16))
+    assert ours(QUERY, PASSAGES) != half(QUERY, PASSAGES) == pytest.approx(ours(QUERY, PASSAGES), abs=0.5)
+    with pytest.raises(PeerMissing, match="the whole run is in bfloat16"):
+        CONTENDERS[family][BFLOAT16](DATA / family, torch.bfloat16, "cpu")
 
 
 def test_what_goes_wrong_in_a_contenders_process_is_raised_here(tmp_path: Path) -> None:
