@@ -14,11 +14,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention, softmax
+from torch.nn.functional import pad, scaled_dot_product_attention, softmax
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AttentionInterface
 
 from .convolution import attend_by_convolution, convolution_pays
+from .linear import by_onednn, rows_for
 from .packing import Pack
 from .products import attend_by_products
 
@@ -193,16 +194,21 @@ def _segment_in_steps(
     q: Tensor, k: Tensor, v: Tensor, scaling: float, causal: bool, window: int | None, softcap: float | None
 ) -> Tensor:
     kv_heads, group, queries, head_dim = q.shape
-    k, v = k[:, 0], v[:, 0]
-    logits = torch.bmm((q * scaling).reshape(kv_heads, group * queries, head_dim), k.transpose(1, 2))
-    logits = logits.view(kv_heads, group, queries, -1)
+    keys = k.shape[2]
+    if by_onednn(q.dtype):  # zeros behind the last token: it keeps a program for every size
+        q, k, v = (pad(states, (0, 0, 0, rows_for(states.shape[2]) - states.shape[2])) for states in (q, k, v))
+    q, k, v = q.reshape(kv_heads, -1, head_dim), k[:, 0], v[:, 0]
+    logits = q.new_empty(kv_heads, q.shape[1], k.shape[1])
+    torch.baddbmm(logits, q, k.transpose(1, 2), beta=0, alpha=scaling, out=logits)
+    logits = logits.view(kv_heads, group, -1, k.shape[1])
     if softcap is not None:
         logits = torch.tanh(logits / softcap) * softcap
-    bias = _bias(queries, k.shape[1], causal, window, q.dtype, q.device)
+    bias = _bias(queries, keys, causal, window, q.dtype, q.device)
     if bias is not None:
-        logits += bias
-    weights = softmax(logits, dim=-1)  # sums in float32, whatever it is given
-    return torch.bmm(weights.view(kv_heads, group * queries, -1), v).view(kv_heads, group, queries, head_dim)
+        logits[:, :, :queries, :keys] += bias
+    logits[..., keys:] = -torch.inf
+    weights = torch.softmax(logits, dim=-1, out=logits)  # sums in float32, whatever it is given
+    return torch.bmm(weights.flatten(1, 2), v).view(kv_heads, group, -1, head_dim)[:, :, :queries]
 
 
 def _bias(
