@@ -23,20 +23,21 @@ def _import(name: str, package: str) -> Any:
         raise PeerMissing(f"pip install {package}: {error}") from error
 
 
-def _this_package(cutoff_layer: int | None = None, *, dtype: str | None = None) -> Make:
+def _this_package(cutoff_layer: int | None = None, *, precision: str | None = None) -> Make:
     """This package in the run's precision, or in another one beside it."""
-    other = dtype
 
     def make(directory: Path, dtype: torch.dtype, device: str) -> Score:
         from bge_rerank_plugins import Scorer
+        from bge_rerank_plugins.core.device import cpu_has_bfloat16
 
         name: Any = str(dtype).removeprefix("torch.")
-        if other == "int8" and device != "cpu":
+        if precision == "int8" and device != "cpu":
             raise PeerMissing("int8 is for CPUs")
-        if other == name:
+        if precision == name:
             raise PeerMissing(f"the whole run is in {name}")
-        name = other or name
-        return Scorer(str(directory), dtype=name, device=device, cutoff_layer=cutoff_layer).score
+        if precision == "bfloat16" and device == "cpu" and not cpu_has_bfloat16():
+            raise PeerMissing("this processor has no bfloat16 arithmetic")
+        return Scorer(str(directory), dtype=precision or name, device=device, cutoff_layer=cutoff_layer).score
 
     return make
 
@@ -193,8 +194,8 @@ BFLOAT16 = f"{OURS}, bfloat16"
 CONTENDERS: dict[str, dict[str, Make]] = {
     "encoder": {
         OURS: _this_package(),
-        INT8: _this_package(dtype="int8"),
-        BFLOAT16: _this_package(dtype="bfloat16"),
+        INT8: _this_package(precision="int8"),
+        BFLOAT16: _this_package(precision="bfloat16"),
         "CrossEncoder, defaults": _cross_encoder(None),
         "CrossEncoder, batches of 8": _cross_encoder(8),
         "FlagEmbedding, defaults": _flag_embedding(None),
@@ -205,15 +206,15 @@ CONTENDERS: dict[str, dict[str, Make]] = {
     },
     "decoder": {
         OURS: _this_package(),
-        INT8: _this_package(dtype="int8"),
-        BFLOAT16: _this_package(dtype="bfloat16"),
+        INT8: _this_package(precision="int8"),
+        BFLOAT16: _this_package(precision="bfloat16"),
         "transformers, as the model card": _model_card_decoder,
     },
     "layerwise": {
         OURS: _this_package(),
         CUTOFF: _this_package(cutoff_layer=28),
-        INT8: _this_package(dtype="int8"),
-        BFLOAT16: _this_package(dtype="bfloat16"),
+        INT8: _this_package(precision="int8"),
+        BFLOAT16: _this_package(precision="bfloat16"),
         "transformers, as the model card": _model_card_layerwise,
     },
 }

@@ -27,20 +27,28 @@ def test_a_contender_scores_as_in_this_process_and_says_how_long_it_took() -> No
     assert 0 < seconds < 60
 
 
+@pytest.mark.parametrize(
+    ("name", "dtype", "device", "reason"),
+    [
+        (INT8, torch.float32, "cuda", "int8 is for CPUs"),
+        (BFLOAT16, torch.bfloat16, "cpu", "the whole run is in bfloat16"),
+    ],
+)
 @pytest.mark.parametrize("family", ["encoder", "decoder", "layerwise"])
-def test_the_contender_in_int8_is_another_and_for_a_cpu(family: str) -> None:
-    ours, rounded = (CONTENDERS[family][name](DATA / family, torch.float32, "cpu") for name in (OURS, INT8))
-    assert ours(QUERY, PASSAGES) != rounded(QUERY, PASSAGES) == pytest.approx(ours(QUERY, PASSAGES), abs=0.5)
-    with pytest.raises(PeerMissing, match="int8 is for CPUs"):
-        CONTENDERS[family][INT8](DATA / family, torch.float32, "cuda")
+def test_a_contender_in_another_precision_is_another_and_not_for_every_run(
+    family: str, name: str, dtype: torch.dtype, device: str, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bge_rerank_plugins.core.device.cpu_has_bfloat16", lambda: True)  # or emulates it
+    ours, other = (CONTENDERS[family][one](DATA / family, torch.float32, "cpu") for one in (OURS, name))
+    assert ours(QUERY, PASSAGES) != other(QUERY, PASSAGES) == pytest.approx(ours(QUERY, PASSAGES), abs=0.5)
+    with pytest.raises(PeerMissing, match=reason):
+        CONTENDERS[family][name](DATA / family, dtype, device)
 
 
-@pytest.mark.parametrize("family", ["encoder", "decoder", "layerwise"])
-def test_the_contender_in_bfloat16_is_another_of_runs_in_float32(family: str) -> None:
-    ours, half = (CONTENDERS[family][name](DATA / family, torch.float32, "cpu") for name in (OURS, BFLOAT16))
-    assert ours(QUERY, PASSAGES) != half(QUERY, PASSAGES) == pytest.approx(ours(QUERY, PASSAGES), abs=0.5)
-    with pytest.raises(PeerMissing, match="the whole run is in bfloat16"):
-        CONTENDERS[family][BFLOAT16](DATA / family, torch.bfloat16, "cpu")
+def test_bfloat16_does_not_compete_where_a_processor_emulates_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bge_rerank_plugins.core.device.cpu_has_bfloat16", lambda: False)
+    with pytest.raises(PeerMissing, match="no bfloat16 arithmetic"):
+        CONTENDERS["encoder"][BFLOAT16](DATA / "encoder", torch.float32, "cpu")
 
 
 def test_what_goes_wrong_in_a_contenders_process_is_raised_here(tmp_path: Path) -> None:

@@ -113,13 +113,13 @@ def _attend_segments(
     output, keys, values = query, key, value
     query, key, value = _grouped(query, key, value)
     plain = softcap is None and not causal and window is None
-    own_keys = keys.shape == output.shape  # as many key heads as heads, and no kept prefixes before them
+    own_keys = plain and keys.shape == output.shape  # as many key heads as heads, and no kept prefixes before them
     by_sdpa = softcap is None and _sdpa_is_faster(query.dtype)
     attend = _segment_by_sdpa if by_sdpa else _segment_in_steps
     widened = plain and by_sdpa and query.dtype == torch.bfloat16
     for start, stop, prefix_start, prefix_stop in pack.segments:
-        in_place = _in_place_form(stop - start, query.dtype)
-        if in_place is not None and plain and own_keys and prefix_start == prefix_stop:
+        in_place = _in_place_form(stop - start, query.dtype) if own_keys and prefix_start == prefix_stop else None
+        if in_place is not None:
             in_place(output, keys, values, start, stop, scaling)
             continue
         q, k, v = (states[:, :, start:stop] for states in (query, key, value))

@@ -24,16 +24,15 @@ from .norms import RootMeanSquareNorm
 ROWS = {"cpu": 1536}
 """Fewest rows of a part, by kind of device; all of them where it is not named. Products of fewer are slower."""
 
+PACKED_ROWS = 1024
+"""The same for float32 weights laid out for oneDNN, whose products of so many rows are as fast, and come out in new memory."""
+
 _IN_PLACE: dict[type, Callable[[Tensor], Tensor]] = {
     SiLUActivation: lambda states: silu(states, inplace=True),
     nn.SiLU: lambda states: silu(states, inplace=True),
     GELUActivation: torch.ops.aten.gelu_,
     GELUTanh: lambda states: torch.ops.aten.gelu_(states, approximate="tanh"),
 }
-
-
-PACKED_ROWS = 1024
-"""The same for float32 weights laid out for oneDNN, whose products of so many rows are as fast, and come out in new memory."""
 
 
 def parts_of(states: Tensor, fewest: int | None = None) -> tuple[Tensor, ...]:
