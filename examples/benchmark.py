@@ -20,7 +20,7 @@ import platform
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -41,6 +41,8 @@ from tokenizers import Tokenizer
 
 from bge_rerank_plugins.core.linear import PackedLinear, can_pack
 from bge_rerank_plugins.docstrings import standard_library
+from bge_rerank_plugins.files import check_writable
+from bge_rerank_plugins.pictures import check_picture
 
 _T = TypeVar("_T")
 
@@ -69,7 +71,7 @@ class Result:
     tokens: int
     seconds: list[float]
     tflop: float
-    ceiling_tflops: float
+    ceiling_tflops: float | None
     difference: float
 
     @property
@@ -83,9 +85,12 @@ class Result:
         return sorted(self.seconds)[math.ceil(0.95 * len(self.seconds)) - 1]
 
     @property
-    def share(self) -> float:
-        """Share of the ceiling: work that must be done, so that padding and repeated queries count against whoever has them."""
-        return self.tflop / self.median / self.ceiling_tflops
+    def share(self) -> float | None:
+        """Share of the ceiling: work that must be done, so that padding and repeated queries count against whoever has them.
+
+        None in int8, whose ceiling is not measured.
+        """
+        return None if self.ceiling_tflops is None else self.tflop / self.median / self.ceiling_tflops
 
 
 def main() -> None:
@@ -101,7 +106,7 @@ def main() -> None:
         shape = FAMILIES[options.family].shapes[options.size]
         dtype: torch.dtype = getattr(torch, options.dtype)
         directory = make_checkpoint(options.family, shape, Path(folder), dtype, options.tokenizer)
-        workloads = [w for w in _workloads(options, documents, directory) if w.name in (options.workload or w.name)]
+        workloads = _named(options.workload, [*_workloads(options, documents, directory)])
         ceiling = _ceiling(shape, options.device, dtype)
         console.print(
             f"{options.family}, {shape.layers} x {shape.hidden}, {options.dtype} on {_machine(options.device)}; "
@@ -110,7 +115,7 @@ def main() -> None:
         )
         with ExitStack() as stack:
             contenders = _contenders(options, directory, console, stack)
-            ceilings = dict.fromkeys(contenders, ceiling)
+            ceilings = {name: None if name.endswith("int8") else ceiling for name in contenders}
             if BFLOAT16 in contenders:
                 ceilings[BFLOAT16] = _ceiling(shape, options.device, torch.bfloat16)
             for workload in workloads:
@@ -134,7 +139,7 @@ def _write(results: list[Result], options: argparse.Namespace) -> None:
     Path(options.json).write_text(json.dumps(facts | {"results": rows}, indent=1) + "\n")
 
 
-def _options() -> argparse.Namespace:
+def _options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--family", choices=FAMILIES, default="encoder")
     parser.add_argument(
@@ -151,7 +156,38 @@ def _options() -> argparse.Namespace:
     )
     parser.add_argument("--json", help="file for the results")
     parser.add_argument("--plot", help="PNG file for a picture of them (matplotlib)")
-    return parser.parse_args()
+    options = parser.parse_args(arguments)
+    for name in ("family", "size", "workload", "peer", "tokenizer", "json", "plot") if options.load else ():
+        if getattr(options, name) != parser.get_default(name):
+            parser.error(f"--{name} is not for --load")
+    try:
+        _check(options)
+    except (ValueError, ImportError, OSError) as error:
+        parser.error(str(error))
+    return options
+
+
+def _check(options: argparse.Namespace) -> None:
+    """Finds what cannot be done before anything takes time."""
+    if options.runs < 1:
+        raise ValueError(f"--runs {options.runs}: at least 1")
+    known = [*CONTENDERS[options.family], "none"]
+    for peer in options.peer or ():
+        if peer not in known:
+            raise ValueError(f"--peer {peer!r}: none of {', '.join(map(repr, known))}")
+    if options.json is not None:
+        check_writable("--json", options.json)
+    if options.plot is not None:
+        check_picture("--plot", options.plot, "plot")
+
+
+def _named(names: list[str] | None, workloads: list[Workload]) -> list[Workload]:
+    """The workloads that were asked for; all of them if none was."""
+    known = [workload.name for workload in workloads]
+    for name in names or ():
+        if name not in known:
+            raise SystemExit(f"--workload {name!r}: none of {', '.join(map(repr, known))}")
+    return [workload for workload in workloads if names is None or workload.name in names]
 
 
 def _documents() -> list[str]:
@@ -197,11 +233,11 @@ def _tried(name: str, work: Callable[[], _T], console: Console) -> _T | None:
     try:
         return work()
     except PeerMissing as missing:
-        console.print(f"skipped: {name} ({missing})", style="yellow")
+        console.print(f"skipped: {name} ({missing})", style="yellow", markup=False)  # extras stand in brackets
     except Exception as error:  # of whatever kind a peer raises
         if name == OURS:
             raise
-        console.print(f"failed: {name} ({error!r})", style="red")
+        console.print(f"failed: {name} ({error!r})", style="red", markup=False)
     return None
 
 
@@ -211,7 +247,7 @@ def _in_turns(
     options: argparse.Namespace,
     directory: Path,
     shape: Shape,
-    ceilings: dict[str, float],
+    ceilings: dict[str, float | None],
     console: Console,
 ) -> list[Result]:
     """Every contender to warm up, then all of them in turns; a peer that fails is left out, by name."""
@@ -300,17 +336,16 @@ def _show(console: Console, rows: list[Result]) -> None:
     title = f"{ours.workload}: {ours.pairs} pairs, {ours.tokens} tokens, {ours.tflop:.2f} TFLOP"
     table = Table(title=title, title_justify="left", box=box.SIMPLE, padding=(0, 1, 0, 0))
     table.add_column("")
-    for heading in ("p50 s", "p95 s", "pairs/s", "tokens/s", "ceiling", "we are", "max diff"):
+    for heading in ("p50 s", "p95 s", "pairs\n/s", "tokens\n/s", "of the\nceiling", "we are\nfaster", "scores\ndiffer"):
         table.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
-        beside = () if row is ours else (f"{row.median / ours.median:.2f} x", f"{row.difference:.0e}")
+        beside = () if row is ours else (f"{row.median / ours.median:#.3g} x", f"{row.difference:.0e}")
         table.add_row(
             row.contender,
-            f"{row.median:.3f}",
-            f"{row.p95:.3f}",
+            *(f"{seconds:.3f}" if seconds < 100 else f"{seconds:.1f}" for seconds in (row.median, row.p95)),
             f"{row.pairs / row.median:.1f}",
             f"{row.tokens / row.median:.0f}",
-            f"{row.share:.0%}",
+            "-" if row.share is None else f"{row.share:.0%}",
             *beside,
         )
     console.print(table)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from benchmark import _tried
+from benchmark import Result, Workload, _named, _options, _show, _tried
 from benchmark_peers import BFLOAT16, CONTENDERS, INT8, OURS, PeerMissing
 from benchmark_process import Contender
 from conftest import DATA
@@ -65,6 +65,44 @@ def test_what_goes_wrong_in_a_contenders_process_is_raised_here(tmp_path: Path) 
     assert str(missing) == "pip install it"
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--peer", "CrossEncoder"], "--peer 'CrossEncoder': none of 'this package', "),
+        (["--family", "decoder", "--peer", "CrossEncoder, defaults"], "none of 'this package', "),
+        (["--runs", "0"], "--runs 0: at least 1"),
+        (["--json", "no/such/folder/results.json"], "--json no/such/folder/results.json: cannot be written"),
+        (["--plot", "results.abc"], "--plot results.abc: .abc is none of"),
+        (["--load", "--plot", "results.png"], "--plot is not for --load"),
+        (["--load", "--family", "decoder"], "--family is not for --load"),
+    ],
+)
+def test_what_the_benchmark_cannot_do_is_said_before_it_measures(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        _options(arguments)
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_workloads_are_chosen_by_their_names_and_others_refused() -> None:
+    short, long = workloads = [Workload("20 short", QUERY, PASSAGES), Workload("100 x 512", QUERY, PASSAGES)]
+    assert _named(None, workloads) == workloads
+    assert _named(["100 x 512"], workloads) == [long]
+    assert _named(["20 short", "20 short"], workloads) == [short]
+    with pytest.raises(SystemExit, match="--workload '100 docs': none of '20 short', '100 x 512'"):
+        _named(["100 x 512", "100 docs"], workloads)
+
+
+def test_a_peer_that_is_missing_is_named_with_all_of_what_to_install(capsys: pytest.CaptureFixture[str]) -> None:
+    def missing() -> None:
+        raise PeerMissing("pip install 'bge-rerank-plugins[onnx-export]'")
+
+    assert _tried("a peer", missing, Console(width=1000)) is None
+    assert capsys.readouterr().out == "skipped: a peer (pip install 'bge-rerank-plugins[onnx-export]')\n"
+
+
 def test_a_peer_that_fails_is_named_and_left_out_and_this_package_is_not(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -77,3 +115,19 @@ def test_a_peer_that_fails_is_named_and_left_out_and_this_package_is_not(
             _tried(OURS, score, Console(width=1000))
     assert printed.startswith("failed: a peer (")
     assert "NoSuchModel" in printed
+
+
+def test_the_table_has_room_for_names_at_80_columns_and_no_share_where_no_ceiling_is_measured(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def result(contender: str, seconds: float, ceiling: float | None) -> Result:
+        return Result("100 docstrings", contender, 100, 14190, [seconds], 2.54, ceiling, 3e-6)
+
+    rows = [result(OURS, 6.279, 0.4536), result(INT8, 3.222, None), result("FlagEmbedding, defaults", 137.886, 0.4536)]
+    _show(Console(width=80), rows)
+    printed = capsys.readouterr().out
+    ours, int8 = (line.split() for line in printed.splitlines() if line.startswith(" this"))
+    assert ours == ["this", "package", "6.279", "6.279", "15.9", "2260", "89%"]
+    assert int8 == ["this", "package,", "int8", "3.222", "3.222", "31.0", "4404", "-", "0.513", "x", "3e-06"]
+    assert " FlagEmbedding, " in printed
+    assert "137.9" in printed
