@@ -130,6 +130,34 @@ def test_attention_in_place_is_plain_attention_and_leaves_its_neighbours_alone(
 
 
 @pytest.mark.parametrize(
+    ("dtype", "sdpa", "in_place"),
+    [
+        (torch.bfloat16, True, None),
+        (torch.bfloat16, False, products.attend_by_products),
+        (torch.bfloat16, False, None),
+        (torch.float32, True, convolution.attend_by_convolution),
+        (torch.float32, True, None),
+    ],
+)
+@pytest.mark.parametrize("broken", [torch.nan, torch.inf])
+def test_a_segment_that_is_not_finite_is_not_its_neighbours_concern(
+    dtype: torch.dtype, sdpa: bool, in_place: Any, broken: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, "_sdpa_is_faster", lambda dtype: sdpa)
+    monkeypatch.setattr(attention, "_in_place_form", lambda tokens, dtype: in_place)
+    want = plain(*states(LONG, dtype, kv_heads=4), LONG, False, None, None)
+    query, key, value = states(LONG, dtype, kv_heads=4)
+    for segment in LONG.segments[1::2]:
+        rows = slice(segment.start, segment.stop)
+        query[rows] = key[rows] = value[rows] = want[rows] = broken
+    got = attention._attend_segments(query, key, value, LONG, 8**-0.5, False, None, None)
+    sound = torch.isfinite(want)
+    tolerance = 1e-5 if dtype == torch.float32 else 4e-2
+    torch.testing.assert_close(got[sound].double(), want[sound], atol=tolerance, rtol=tolerance)
+    assert not got[~sound].isfinite().any()
+
+
+@pytest.mark.parametrize(
     ("tokens", "dtype", "faster", "enabled", "pays"),
     [
         (96, torch.float32, True, True, True),

@@ -8,6 +8,7 @@ variable-length flash attention of torch), `_attend_segments` (CPU, one small pr
 
 import importlib
 import inspect
+import math
 from collections.abc import Callable
 from functools import cache, lru_cache
 from typing import Any
@@ -124,7 +125,8 @@ def _attend_segments(
             continue
         q, k, v = (states[:, :, start:stop] for states in (query, key, value))
         wide = start + -(-(stop - start) // KEYS_AT_ONCE) * KEYS_AT_ONCE
-        if widened and prefix_start == prefix_stop and stop < wide <= len(output):
+        others = slice(stop, wide)
+        if widened and prefix_start == prefix_stop and stop < wide <= len(output) and _are_finite(values[others]):
             k, v = (states[:, :, start:wide] for states in (key, value))
             segment = _by_sdpa(q, k, v, scaling, _beyond(stop - start, wide - start, q.dtype))
         else:
@@ -138,7 +140,15 @@ def _attend_segments(
 
 KEYS_AT_ONCE = 32
 """Keys that AMX multiplies at a time. Over a number of them that is no multiple SDPA takes up to twice as long, so that a
-segment is given some of those that stand behind it, with weights of 0: in bfloat16, whose states no text makes infinite."""
+segment is given some of those that stand behind it, with weights of 0."""
+
+
+def _are_finite(values: Tensor) -> bool:
+    """Whether a weight of 0 makes 0 of them, as it does not of infinity. Shape (tokens, heads, head_dim).
+
+    One number of each token tells: what is not finite in a cross-encoder's states is not a number anywhere behind a norm.
+    """
+    return math.isfinite(values[:, 0, 0].sum().item())
 
 
 @lru_cache(maxsize=1024)

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import conv2d, conv_transpose2d
 
 from .linear import onednn_beats_blas, rows_for
-from .products import widened
+from .products import by_head, widened
 
 FEWEST_TOKENS = 96
 """A shorter segment is not worth two calls of some 30 us more."""
@@ -38,8 +38,7 @@ def convolution_pays(tokens: int, dtype: torch.dtype) -> bool:
 def attend_by_convolution(query: Tensor, key: Tensor, value: Tensor, start: int, stop: int, scaling: float) -> None:
     """Attention of the tokens from `start` to `stop` over one another, in place of their queries.
 
-    The segment is widened to one of few sizes by tokens behind it, or by zeros at the end, as keys with weights of 0 and as
-    queries whose output nobody gets: oneDNN compiles a program for every size.
+    The segment is widened as by `products.attend_by_products`, since oneDNN compiles a program for every size.
 
     Args:
         query: Shape (tokens, heads, head_dim), contiguous. Overwritten from `start` to `stop`.
@@ -54,7 +53,9 @@ def attend_by_convolution(query: Tensor, key: Tensor, value: Tensor, start: int,
     wide = -(-rows_for(own) // LANES) * LANES
     q, k, v = (widened(states[start : start + wide], wide) for states in (query, key, value))
     keys = torch.mul(k.transpose(0, 1), scaling, out=k.new_empty(heads, wide, head_dim)).view(-1, head_dim, 1, 1)
-    values = v.transpose(0, 1).reshape(-1, head_dim, 1, 1)
+    values = by_head(v)
+    values[:, own:] = 0
+    values = values.view(-1, head_dim, 1, 1)
     for first in range(0, own, QUERIES_AT_ONCE):
         rows = q[first : first + QUERIES_AT_ONCE]
         logits = _channels(conv2d(_pixels(rows), keys, groups=heads)).view(-1, heads, wide)

@@ -22,9 +22,8 @@ LOGITS_AT_ONCE = 1 << 21
 def attend_by_products(query: Tensor, key: Tensor, value: Tensor, start: int, stop: int, scaling: float) -> None:
     """Attention of the tokens from `start` to `stop` over one another, in place of their queries.
 
-    The segment is widened to one of few sizes by tokens behind it, or by zeros at the end, as keys with weights of 0 (in
-    bfloat16, whose states no text makes infinite) and as queries whose output nobody gets: oneDNN compiles a program for every
-    size.
+    The segment is widened to one of few sizes by tokens behind it, or by zeros at the end, as keys with weights of 0, whose
+    values count as 0 whatever they are, and as queries whose output nobody gets: oneDNN compiles a program for every size.
 
     Args:
         query: Shape (tokens, heads, head_dim). Overwritten from `start` to `stop`.
@@ -38,9 +37,10 @@ def attend_by_products(query: Tensor, key: Tensor, value: Tensor, start: int, st
     rows = rows_for(own)
     wide = -(-rows // LANES) * LANES
     q, k, v = (
-        _by_head(widened(states[start : start + count], count))
+        by_head(widened(states[start : start + count], count))
         for states, count in ((query, rows), (key, wide), (value, wide))
     )
+    v[:, own:] = 0  # a text that makes them infinite must not be its neighbour's concern
     heads = max(1, LOGITS_AT_ONCE // (rows * wide))
     for some_q, some_k, some_v in zip(*(torch.split(states, heads) for states in (q, k, v)), strict=True):
         logits = q.new_empty(len(some_q), rows, wide)
@@ -51,7 +51,7 @@ def attend_by_products(query: Tensor, key: Tensor, value: Tensor, start: int, st
     query[start:stop] = q[:, :own].transpose(0, 1)
 
 
-def _by_head(states: Tensor) -> Tensor:
+def by_head(states: Tensor) -> Tensor:
     """(tokens, heads, head_dim) as (heads, tokens, head_dim), a copy even of a single token."""
     return states.transpose(0, 1).clone(memory_format=torch.contiguous_format)
 
