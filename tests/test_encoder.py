@@ -103,7 +103,7 @@ def test_first_rows_come_in_few_sizes_where_every_size_has_a_program_of_its_own(
     packs = [pack_sequences(family.encode("what is panda?", [f"passage {i}" for i in range(n)])) for n in range(1, 20)]
     with torch.inference_mode():
         expected = [family.forward(pack) for pack in packs]
-        monkeypatch.setattr(linear, "by_onednn", lambda _: True)
+        monkeypatch.setattr(linear, "pays", lambda _: True)
         seen: list[int] = []
         last_layer: Any = family._last_layer
         last_layer.intermediate.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))

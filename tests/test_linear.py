@@ -49,9 +49,39 @@ def test_a_packed_layer_takes_any_shape(rows: int, inputs: int, outputs: int, bi
     layer = nn.Linear(inputs, outputs, bias=bias).requires_grad_(False)
     states = torch.randn(1, rows, inputs)
     product, packed = layer(states), linear.PackedLinear(layer)
-    with_gelu = linear.PackedLinear(layer, gelu=True)
+    with_gelu, as_it_lies = linear.PackedLinear(layer, gelu=True), linear.PackedLinear(layer, copy=False)
     torch.testing.assert_close(packed(states), product, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(with_gelu(states), torch.nn.functional.gelu(product), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(as_it_lies(states), product, atol=1e-5, rtol=1e-4)
+    assert as_it_lies._weight.data_ptr() == layer.weight.data_ptr(), "a copy"
+
+
+@needs_operators
+@pytest.mark.parametrize(
+    ("dtype", "faster", "replaced"),
+    [(torch.float32, True, True), (torch.float32, False, False), (torch.bfloat16, True, False)],
+)
+def test_onednn_multiplies_in_place_of_a_slower_blas_alone(
+    dtype: torch.dtype, faster: bool, replaced: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(linear, "onednn_beats_blas", lambda: faster)
+    model = made("gelu", dtype)
+    ids = torch.arange(10, 40)[None]
+    with torch.inference_mode():
+        want = model(input_ids=ids).last_hidden_state
+        linear.multiply_by_onednn(model)
+        got = model(input_ids=ids).last_hidden_state
+    kinds = {type(module) for module in model.modules()} & {nn.Linear, linear.PackedLinear}
+    assert kinds == {linear.PackedLinear if replaced else nn.Linear}
+    torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("replace", [linear.pack_linear_layers, linear.multiply_by_onednn])
+def test_weights_on_another_device_are_left_alone(replace: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear, "onednn_beats_blas", lambda: True)
+    model = made("gelu", torch.float32).to("meta")
+    replace(model)
+    assert not [module for module in model.modules() if isinstance(module, linear.PackedLinear)]
 
 
 linear_pays = linear.pays
@@ -142,10 +172,11 @@ def test_half_precision_without_hardware_for_it_is_left_alone() -> None:
     assert not linear.can_pack(torch.float64)
 
 
-@pytest.mark.parametrize(("dtype", "count"), [(torch.float32, 20), (torch.bfloat16, 24), (torch.float16, 24)])
-def test_rows_are_filled_up_in_half_precision_only(dtype: torch.dtype, count: int) -> None:
+@pytest.mark.parametrize(("pays", "count"), [(False, 20), (True, 24)])
+def test_rows_are_filled_up_for_onednn_only(pays: bool, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear, "pays", lambda dtype: pays)
     rows = torch.arange(5, 25)
-    filled = linear.in_few_sizes(rows, torch.zeros(30, 4, dtype=dtype))
+    filled = linear.in_few_sizes(rows, torch.zeros(30, 4))
     assert len(filled) == count
     assert torch.equal(filled[:20], rows)
     assert set(filled.tolist()) == set(rows.tolist()), "a row that nobody asked for"

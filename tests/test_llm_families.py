@@ -17,9 +17,10 @@ from hypothesis import strategies as st
 from reference import DecoderReference, LayerwiseReference
 from safetensors.torch import load_file, save_file
 from strategies import texts
+from torch import nn
 
 from bge_rerank_plugins import Scorer
-from bge_rerank_plugins.core import attention, linear
+from bge_rerank_plugins.core import attention, inplace, linear
 from bge_rerank_plugins.core.checkpoint import Checkpoint
 from bge_rerank_plugins.core.families import Family, family_of
 from bge_rerank_plugins.core.packing import pack_sequences
@@ -162,7 +163,10 @@ def rows_of_blocks(family: Any) -> list[int]:
 
 
 @pytest.mark.parametrize("cutoff_layers", [(), (7,), (11, 3), (3, 4, 5)])
-def test_after_the_attention_of_the_highest_layer_only_last_tokens_are_computed(cutoff_layers: tuple[int, ...]) -> None:
+def test_after_the_attention_of_the_highest_layer_only_last_tokens_are_computed(
+    cutoff_layers: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(linear, "pays", lambda _: False)  # else a few more rows, on some processors
     family = load(LAYERWISE)
     sequences = family.encode("what is panda?", ["hi", "a bear of Sichuan", ""])
     tokens = len(pack_sequences(sequences))
@@ -178,11 +182,29 @@ def test_last_rows_come_in_few_sizes_where_every_size_has_a_program_of_its_own(
     family = load(directory)
     packs = [family.encode("what is panda?", [f"passage {i}" for i in range(n)]) for n in range(1, 20)]
     expected = [forward(family, pack) for pack in packs]
-    monkeypatch.setattr(linear, "by_onednn", lambda _: True)
+    monkeypatch.setattr(linear, "pays", lambda _: True)
     seen = rows_of_blocks(family)
     found = [forward(family, pack) for pack in packs]
     assert found == [pytest.approx(scores, abs=1e-5) for scores in expected]
     assert set(seen[len(family._backbone.layers) - 1 :: len(family._backbone.layers)]) == {8, 16, 24}
+
+
+@pytest.mark.skipif(not linear.can_pack(torch.float32), reason="this torch has no such operators")
+@pytest.mark.parametrize("rows", [4, 1024])
+@pytest.mark.parametrize("directory", [DECODER, LAYERWISE])
+def test_products_by_onednn_make_the_same_scores_of_the_same_weights(
+    directory: str, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whichever library is the faster on this processor."""
+    scores = []
+    for faster in (False, True):
+        monkeypatch.setattr(linear, "onednn_beats_blas", lambda faster=faster: faster)
+        monkeypatch.setattr(inplace, "PACKED_ROWS", rows)
+        family = load(directory)
+        kinds = {type(module) for module in family._backbone.modules()} & {nn.Linear, linear.PackedLinear}
+        assert kinds == {linear.PackedLinear if faster else nn.Linear}
+        scores.append(forward(family, family.encode("what is panda?", ["hi", "a bear of Sichuan " * 9, ""])))
+    assert scores[1] == pytest.approx(scores[0], abs=1e-5)
 
 
 @pytest.mark.parametrize("directory", [DECODER, LAYERWISE])
@@ -209,8 +231,11 @@ CAUSAL_MODELS = ["Gemma", "Gemma2", "Llama", "Mistral", "Qwen2", "Qwen3"]
 
 
 @pytest.mark.parametrize("name", CAUSAL_MODELS)
-def test_every_causal_model_of_the_table_scores_as_transformers_does(name: str, causal_dirs: dict[str, str]) -> None:
+def test_every_causal_model_of_the_table_scores_as_transformers_does(
+    name: str, causal_dirs: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Among them: grouped keys, sliding windows, soft caps, norms of heads, heads tied to the embeddings and not."""
+    monkeypatch.setattr(linear, "pays", lambda _: False)  # else a few more rows, on some processors
     family, reference = load(causal_dirs[name]), DecoderReference(causal_dirs[name], 1024)
     passages = ["hi", "a bear of Sichuan " * 4, ""]
     expected = [reference.score("what is panda?", passage) for passage in passages]

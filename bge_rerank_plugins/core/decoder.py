@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 from .inplace import work_in_place
 from .int8 import round_linear_layers
 from .last_layer import LastRows
+from .linear import multiply_by_onednn
 from .packing import Pack
 from .prompt import Prompt
 from .sequences import TokenSequence
@@ -39,13 +40,13 @@ class Decoder:
         "Qwen3ForCausalLM",
     )
     float16_is_safe: ClassVar[bool] = False
-    packs_weights: ClassVar[bool] = False
     layers: ClassVar[range | None] = None
 
     def __init__(self, model: Any, prompt: Prompt) -> None:
         self.max_length = prompt.max_length
         self._prompt = prompt
         self._backbone: Any = model.base_model
+        multiply_by_onednn(self._backbone)
         work_in_place(self._backbone)
         LastRows(self._backbone.layers[-1])
         self._answer_row = model.get_output_embeddings().weight[prompt.answer_id].float().clone()  # without the head

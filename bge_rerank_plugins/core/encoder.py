@@ -41,7 +41,6 @@ class Encoder:
         "BertForSequenceClassification",
     )
     float16_is_safe: ClassVar[bool] = True
-    packs_weights: ClassVar[bool] = True
     layers: ClassVar[range | None] = None
 
     def __init__(self, model: PreTrainedModel, pairs: PairEncoder, max_length: int, first_position: int) -> None:

@@ -23,14 +23,12 @@ if TYPE_CHECKING:
 class Family(Protocol):
     """One of the kinds of reranker: how text becomes token ids, and how packs of them become scores.
 
-    `encode` may be called from many threads at once; `forward` only by the one thread that owns the model. `packs_weights` says
-    whether `linear.pack_linear_layers` is given its weights.
+    `encode` may be called from many threads at once; `forward` only by the one thread that owns the model.
     """
 
     name: ClassVar[str]
     architectures: ClassVar[tuple[str, ...]]
     float16_is_safe: ClassVar[bool]
-    packs_weights: ClassVar[bool]
 
     @property
     def max_length(self) -> int:

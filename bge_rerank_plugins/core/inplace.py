@@ -133,12 +133,13 @@ class GatedBlock(nn.Module):
 
     def forward(self, states: Tensor) -> Tensor:
         """Shape (..., hidden), as `states`."""
-        parts = parts_of(states)
+        fewest = PACKED_ROWS if isinstance(self._gate, PackedLinear) else None
+        parts = parts_of(states, fewest)
         if len(parts) == 1:
             whole: Tensor = self._down(self._wide(states))
             return whole
         output = torch.empty_like(states)
-        for part, place in zip(parts, parts_of(output), strict=True):
+        for part, place in zip(parts, parts_of(output, fewest), strict=True):
             put_product(place, self._down, self._wide(part))
         return output
 

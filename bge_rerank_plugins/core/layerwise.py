@@ -21,6 +21,7 @@ from .device import is_out_of_memory
 from .inplace import work_in_place
 from .int8 import round_linear_layers
 from .last_layer import LastRows
+from .linear import multiply_by_onednn
 from .packing import Pack
 from .prompt import Prompt
 from .sequences import TokenSequence
@@ -77,7 +78,6 @@ class Layerwise:
     name: ClassVar[str] = "layerwise"
     architectures: ClassVar[tuple[str, ...]] = ("LayerWiseMiniCPMForCausalLM",)
     float16_is_safe: ClassVar[bool] = False
-    packs_weights: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -138,6 +138,7 @@ class Layerwise:
         """Loads the layers up to `top`."""
         model = self._load(top)
         self._backbone: Any = model.model
+        multiply_by_onednn(self._backbone)
         work_in_place(self._backbone)
         self._heads = {
             layer: model.head_row(layer, self._prompt.answer_id).float().clone()  # without the whole head behind it

@@ -15,7 +15,7 @@ from .checkpoint import SharedCheckpoint
 from .device import Precision, choose_device, choose_precision, free_memory, release_cached_memory
 from .families import family_of
 from .graphs import graphs_for
-from .linear import by_onednn, pays, rows_for
+from .linear import pays, rows_for
 from .packing import pack_sequences
 from .prefixes import Prefixes
 
@@ -83,8 +83,8 @@ class Worker:
         fits = budget_within(usual, free, token_bytes(checkpoint.config, dtype))
         self.budget = settings.max_batch_tokens or fits
         self._full_budget = self.budget
-        by_program = self.device.type == "cpu" and (by_onednn(dtype) or (kind.packs_weights and pays(dtype)))
-        self._rows_for: Callable[[int], int] = rows_for if by_program else int
+        by_onednn = self.device.type == "cpu" and pays(dtype)
+        self._rows_for: Callable[[int], int] = rows_for if by_onednn else int
         self._fitted = 0
         self.packs_ahead = 1 if self.device.type == "cuda" else 0
         self._graphs = graphs_for(self.family, checkpoint.config, self.device, dtype)
