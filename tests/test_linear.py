@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import DATA
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -120,17 +121,28 @@ def test_products_have_few_sizes_and_little_to_spare(rows: int) -> None:
     assert len({linear.rows_for(other) for other in range(1, 4097)}) < 120
 
 
-def test_scores_do_not_depend_on_what_fills_a_pack_up(encoder_dir: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("family", ["encoder", "decoder", "layerwise"])
+def test_scores_do_not_depend_on_what_fills_a_pack_up(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from bge_rerank_plugins import Scorer
     from bge_rerank_plugins.core import worker
+    from bge_rerank_plugins.core.packing import Pack, pack_sequences
 
+    lengths: list[int] = []
+
+    def packed(*arguments: Any) -> Pack:
+        pack = pack_sequences(*arguments)
+        lengths.append(len(pack))
+        return pack
+
+    monkeypatch.setattr(worker, "pack_sequences", packed)
     passages = ["", "panda", "the giant panda " * 9]
     scores = []
     for filled in (True, False):
         monkeypatch.setattr(worker, "pays", lambda dtype, filled=filled: filled)
-        with Scorer(encoder_dir, max_queued_tokens=10_000 + filled) as scorer:
+        with Scorer(str(DATA / family), max_queued_tokens=10_000 + filled) as scorer:
             scores.append(scorer.score("a bear", passages))
     assert scores[0] == pytest.approx(scores[1], abs=1e-5)
+    assert lengths[0] == linear.rows_for(lengths[1]) > lengths[1]
 
 
 def missing(*_: object) -> None:
@@ -172,11 +184,22 @@ def test_half_precision_without_hardware_for_it_is_left_alone() -> None:
     assert not linear.can_pack(torch.float64)
 
 
-@pytest.mark.parametrize(("pays", "count"), [(False, 20), (True, 24)])
-def test_rows_are_filled_up_for_onednn_only(pays: bool, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linear, "pays", lambda dtype: pays)
+@pytest.mark.parametrize(
+    ("dtype", "faster", "count"),
+    [
+        (torch.float32, False, 20),
+        (torch.float32, True, 24),
+        (torch.bfloat16, False, 24),
+        (torch.float16, False, 24),
+    ],
+)
+def test_rows_are_filled_up_for_onednn_only(
+    dtype: torch.dtype, faster: bool, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(linear, "onednn_beats_blas", lambda: faster)
+    monkeypatch.setattr(linear, "pays", linear_pays.__wrapped__)
     rows = torch.arange(5, 25)
-    filled = linear.in_few_sizes(rows, torch.zeros(30, 4))
+    filled = linear.in_few_sizes(rows, torch.zeros(30, 4, dtype=dtype))
     assert len(filled) == count
     assert torch.equal(filled[:20], rows)
     assert set(filled.tolist()) == set(rows.tolist()), "a row that nobody asked for"

@@ -125,8 +125,7 @@ def _attend_segments(
             continue
         q, k, v = (states[:, :, start:stop] for states in (query, key, value))
         wide = start + -(-(stop - start) // KEYS_AT_ONCE) * KEYS_AT_ONCE
-        others = slice(stop, wide)
-        if widened and prefix_start == prefix_stop and stop < wide <= len(output) and _are_finite(values[others]):
+        if widened and prefix_start == prefix_stop and stop < wide <= len(output) and _are_finite(values[stop:wide]):
             k, v = (states[:, :, start:wide] for states in (key, value))
             segment = _by_sdpa(q, k, v, scaling, _beyond(stop - start, wide - start, q.dtype))
         else:

@@ -25,7 +25,7 @@ ROWS = {"cpu": 1536}
 """Fewest rows of a part, by kind of device; all of them where it is not named. Products of fewer are slower."""
 
 PACKED_ROWS = 1024
-"""The same for float32 weights laid out for oneDNN, whose products of so many rows are as fast, and come out in new memory."""
+"""The same for float32 weights that oneDNN multiplies, whose products of so many rows are as fast, and come out in new memory."""
 
 _IN_PLACE: dict[type, Callable[[Tensor], Tensor]] = {
     SiLUActivation: lambda states: silu(states, inplace=True),
@@ -40,6 +40,12 @@ def parts_of(states: Tensor, fewest: int | None = None) -> tuple[Tensor, ...]:
     rows = states.shape[-2]
     count = max(1, rows // (fewest or ROWS.get(states.device.type, rows + 1)))
     return torch.split(states, max(1, -(-rows // count)), dim=-2)
+
+
+def _parts_for(layer: nn.Module, states: Tensor) -> tuple[Tensor, ...]:
+    """Parts of the states that a layer is given one after the other."""
+    packed = isinstance(layer, PackedLinear) and states.dtype == torch.float32
+    return parts_of(states, PACKED_ROWS if packed else None)
 
 
 class Workspace:
@@ -133,13 +139,12 @@ class GatedBlock(nn.Module):
 
     def forward(self, states: Tensor) -> Tensor:
         """Shape (..., hidden), as `states`."""
-        fewest = PACKED_ROWS if isinstance(self._gate, PackedLinear) else None
-        parts = parts_of(states, fewest)
+        parts = _parts_for(self._gate, states)
         if len(parts) == 1:
             whole: Tensor = self._down(self._wide(states))
             return whole
         output = torch.empty_like(states)
-        for part, place in zip(parts, parts_of(output, fewest), strict=True):
+        for part, place in zip(parts, _parts_for(self._gate, output), strict=True):
             put_product(place, self._down, self._wide(part))
         return output
 
@@ -186,8 +191,7 @@ class FeedForward(nn.Module):
 
     def forward(self, states: Tensor, _: Tensor) -> Tensor:
         """Shape (..., hidden), as `states`, which the layer hands over twice, and which it overwrites."""
-        packed = isinstance(self._up, PackedLinear) and states.dtype == torch.float32
-        for part in parts_of(states, PACKED_ROWS if packed else None):
+        for part in _parts_for(self._up, states):
             add_product(part, self._down, self._activate(self._workspace.product(self._up, part)))
         normed: Tensor = self._norm(states)
         return normed

@@ -13,7 +13,7 @@ from functools import cache
 import torch
 from torch import Tensor, nn
 
-from .linear import rows_for, trial
+from .linear import replace_linear_layers, rows_for, trial
 
 ROWS = 1024
 """Rows that are rounded, multiplied and scaled before the next ones: the processor's caches hold them all the while."""
@@ -85,11 +85,8 @@ class Int8Linear(nn.Module):
 
 
 def round_linear_layers(model: nn.Module) -> None:
-    """Replaces the linear layers of a model on a CPU, in float32, one after the other: their weights are never there twice."""
-    for module in [each for each in model.modules() if type(each) is not nn.Linear]:
-        for name, child in list(module.named_children()):
-            if type(child) is nn.Linear:
-                setattr(module, name, Int8Linear(child))
+    """Replaces the linear layers of a model on a CPU, in float32."""
+    replace_linear_layers(model, Int8Linear)
 
 
 @cache

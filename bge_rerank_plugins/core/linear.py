@@ -50,7 +50,7 @@ def pack_linear_layers(model: nn.Module) -> None:
         return
     for module in list(model.modules()):
         _fuse_activation(module)
-        _replace_linear_layers(module, PackedLinear)
+    replace_linear_layers(model, PackedLinear)
 
 
 def multiply_by_onednn(model: nn.Module) -> None:
@@ -59,8 +59,7 @@ def multiply_by_onednn(model: nn.Module) -> None:
     Does nothing where `pack_linear_layers` does nothing, nor in half precision, where torch's own products are oneDNN's.
     """
     if _precisions(model) == {torch.float32} and onednn_beats_blas() and can_pack(torch.float32):
-        for module in list(model.modules()):
-            _replace_linear_layers(module, partial(PackedLinear, copy=False))
+        replace_linear_layers(model, partial(PackedLinear, copy=False))
 
 
 def _precisions(model: nn.Module) -> set[torch.dtype]:
@@ -69,10 +68,12 @@ def _precisions(model: nn.Module) -> set[torch.dtype]:
     return {weight.dtype for weight in weights} if all(weight.device.type == "cpu" for weight in weights) else set()
 
 
-def _replace_linear_layers(module: nn.Module, replacement: Callable[[nn.Linear], nn.Module]) -> None:
-    for name, child in list(module.named_children()):
-        if type(child) is nn.Linear:
-            setattr(module, name, replacement(child))
+def replace_linear_layers(model: nn.Module, replacement: Callable[[nn.Linear], nn.Module]) -> None:
+    """Replaces the linear layers of a model one after the other: weights that are copied are never all there twice."""
+    for module in [each for each in model.modules() if type(each) is not nn.Linear]:
+        for name, child in list(module.named_children()):
+            if type(child) is nn.Linear:
+                setattr(module, name, replacement(child))
 
 
 def _fuse_activation(module: Any) -> None:
