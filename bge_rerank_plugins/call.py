@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from .core.sequences import counted_from
 from .signals import asking
 from .terminal import bar_is_hidden
 
@@ -57,6 +58,7 @@ class Call:
             self._job = engine.open_job(pairs)
         self._split = split
         self.truncated = 0
+        self._encoded = self._done = 0  # passages
         self._windows: deque[list[int]] = deque()
         self._keys: deque[list[bytes]] = deque()
         self._scores: dict[bytes, Any] | None = {} if pairs < math.inf else None
@@ -86,7 +88,9 @@ class Call:
         """Token ids of a chunk, long passages in windows if they are to be split."""
         parts = [self._family.windows(query, passage) if self._split else [passage] for passage in passages]
         self._windows.append([len(windows) for windows in parts])
-        sequences = self._family.encode(query, [window for windows in parts for window in windows])
+        with counted_from(self._encoded, self._windows[-1]):
+            sequences = self._family.encode(query, [window for windows in parts for window in windows])
+        self._encoded += len(passages)
         if self._scores is not None:
             self._keys.append([sequence.key for sequence in sequences])
         return sequences
@@ -120,15 +124,17 @@ class Call:
 
     def _oldest(self) -> list[Any]:
         """The next chunk's scores, one per passage: the best of its windows, at each layer if there are several."""
-        with asking():
+        with asking(), counted_from(self._done, self._windows[0]):
             scores = self._pending[0].result()
         return self._reduced(scores)
 
     async def _aoldest(self) -> list[Any]:
         """`_oldest` without blocking the event loop."""
         with asking():
-            scores = asyncio.wrap_future(self._pending[0])
-        return self._reduced(await scores)
+            waiting = asyncio.wrap_future(self._pending[0])
+        with counted_from(self._done, self._windows[0]):
+            scores = await waiting
+        return self._reduced(scores)
 
     def _reduced(self, scores: list[Any]) -> list[Any]:
         self._pending.popleft()
@@ -138,6 +144,7 @@ class Call:
             scores = list(map(self._scores.setdefault, self._keys.popleft(), scores))
         remaining = iter(scores)
         windows = [[next(remaining) for _ in range(count)] for count in self._windows.popleft()]
+        self._done += len(windows)
         if self._cutoff_layers:
             return [[max(layer) for layer in zip(*rows, strict=True)] for rows in windows]
         return [max(values) for values in windows]

@@ -21,12 +21,12 @@ from tokenizers import Tokenizer
 
 from .core.hub import commit_of, model_file, needed_file
 from .core.pairs import PairEncoder, layout_of
-from .core.sequences import TokenSequence, longest_pair
+from .core.sequences import PairError, TokenSequence, counted_from, longest_pair
 from .core.words import Words
 from .lease import FORKED
 from .ranking import RankedPassage, check_cut, rank_scores, sigmoid
 from .settings import RerankSettings
-from .texts import checked_requests, checked_texts, requests_of_pairs, scores_by_request
+from .texts import checked_requests, checked_texts, naming_requests, requests_of_pairs, scores_by_request
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -140,7 +140,9 @@ class OnnxScorer:
         Raises:
             ValueError: As `score`, naming the request by its place.
         """
-        return self._scores(checked_requests(requests))
+        checked = checked_requests(requests)
+        with naming_requests(checked):
+            return self._scores(checked)
 
     def rank(
         self, query: str, passages: Sequence[str], top_n: int | None = None, score_threshold: float | None = None
@@ -192,7 +194,10 @@ class OnnxScorer:
         if not any(passages for _, passages in requests):
             return [[] for _ in requests]
         graph = self._loaded()
-        sequences = [pair for query, passages in requests for pair in graph.pairs.encode(query, passages)]
+        sequences: list[TokenSequence] = []
+        for query, passages in requests:
+            with counted_from(len(sequences)):
+                sequences += graph.pairs.encode(query, passages)
         raw = scores_by_request(requests, graph.scores(sequences))
         return [[sigmoid(score) for score in row] for row in raw] if self._settings.normalize else raw
 
@@ -253,7 +258,7 @@ class _Graph(NamedTuple):
             feed = {name: np.array(rows, dtype=np.int64) for name, rows in columns.items() if name in inputs}
             for i, score in zip(batch, self.session.run(None, feed)[0][:, 0].tolist(), strict=True):
                 if not math.isfinite(score):
-                    raise ValueError(f"the graph's score of pair {i} is {score}: its weights or its input overflow")
+                    raise PairError(i, f"the graph's score is {score}: its weights or its input overflow")
                 scores[i] = score
         first: dict[bytes, float] = {}  # what is alike is to be a tie, and a batch sets an int8 graph's steps
         return [first.setdefault(sequence.key, score) for sequence, score in zip(sequences, scores, strict=True)]

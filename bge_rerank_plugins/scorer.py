@@ -21,14 +21,13 @@ from .texts import (
     checked_layers,
     checked_requests,
     checked_texts,
+    naming_requests,
     requests_of_pairs,
     scores_by_request,
     stream_of_requests,
 )
 
 if TYPE_CHECKING:
-    from types import TracebackType
-
     from typing_extensions import Self
 
     from .core.families import Family
@@ -234,14 +233,16 @@ class Scorer:
         checked = checked_requests(requests)
         if not any(passages for _, passages in checked):
             return [[] for _ in checked]
-        return [self._normalized(scores) for scores in self._raw_scores(checked)]
+        with naming_requests(checked):
+            return [self._normalized(scores) for scores in self._raw_scores(checked)]
 
     async def ascore_batch(self, requests: Iterable[tuple[str, Sequence[str]]]) -> list[list[float]]:
         """`score_batch` without blocking the event loop."""
         checked = checked_requests(requests)
         if not any(passages for _, passages in checked):
             return [[] for _ in checked]
-        return [self._normalized(scores) for scores in await self._araw_scores(checked)]
+        with naming_requests(checked):
+            return [self._normalized(scores) for scores in await self._araw_scores(checked)]
 
     def score_stream(self, pairs: Iterable[tuple[str, str]]) -> Iterator[float]:
         """Scores any number of (query, passage) pairs in bounded memory.
@@ -312,9 +313,7 @@ class Scorer:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def __repr__(self) -> str:

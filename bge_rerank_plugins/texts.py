@@ -1,8 +1,13 @@
 """Is it text? The checks on what is given to be scored, layers among it. Knows nothing of tokens or models."""
 
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, KeysView, Mapping, Sequence, Set
+from contextlib import contextmanager
+from itertools import accumulate
 from numbers import Integral
 from typing import Any, TypeVar
+
+from .core.sequences import PairError
 
 _T = TypeVar("_T")
 
@@ -70,6 +75,18 @@ def by_place(requests: Iterable[Any], form: str, checked: Callable[[Any, Any], _
         except ValueError as error:
             raise ValueError(f"requests[{index}]: {error}") from error
     return results
+
+
+@contextmanager
+def naming_requests(requests: Sequence[tuple[str, Sequence[str]]]) -> Iterator[None]:
+    """Has an error of one of the requests' pairs name it by the places of its request and of its passage there."""
+    try:
+        yield
+    except PairError as error:
+        ends = list(accumulate(len(passages) for _, passages in requests))
+        place = bisect_right(ends, error.index)
+        passage = error.index - (ends[place - 1] if place else 0)
+        raise ValueError(f"requests[{place}]: passages[{passage}]: {error.why}") from None
 
 
 def scores_by_request(requests: Sequence[tuple[str, Sequence[str]]], scores: Sequence[_T]) -> list[list[_T]]:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -41,6 +42,15 @@ def printed_by(program: str) -> str:
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def with_a_token_more(model: str | Path, folder: Path) -> Path:
+    """A copy whose tokenizer knows "<weird>", which has no row among the weights."""
+    shutil.copytree(model, folder)
+    said = json.loads((folder / "tokenizer.json").read_text())
+    said["added_tokens"].append(said["added_tokens"][0] | {"id": 1502, "content": "<weird>"})
+    (folder / "tokenizer.json").write_text(json.dumps(said))
+    return folder
 
 
 @pytest.fixture(scope="session")

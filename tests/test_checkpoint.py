@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import DATA
+from conftest import DATA, with_a_token_more
 from hub import Hub, put_into_cache
 from transformers import PreTrainedTokenizerFast
 
@@ -664,15 +664,6 @@ def test_a_revision_of_a_local_directory_is_said_to_change_nothing(
     with Scorer(str(copied), revision="v2") as scorer:
         assert len(scorer.score("a", ["b"])) == 1
     assert caplog.messages == [f"revision='v2' is not looked at: model={str(copied)!r} is a local directory"]
-
-
-def with_a_token_more(model: str | Path, folder: Path) -> Path:
-    """A copy whose tokenizer knows "<weird>", which has no row among the weights."""
-    shutil.copytree(model, folder)
-    said = json.loads((folder / "tokenizer.json").read_text())
-    said["added_tokens"].append(said["added_tokens"][0] | {"id": 1502, "content": "<weird>"})
-    (folder / "tokenizer.json").write_text(json.dumps(said))
-    return folder
 
 
 @pytest.mark.parametrize("model", ["encoder", "decoder", "layerwise"])

@@ -281,7 +281,7 @@ def test_a_line_that_cannot_be_scored_is_named(tmp_path: Path) -> None:
     result = bge_rerank("rerank", "--model", str(broken), stdin=GOOD + b'\n{"query": "Q", "passages": ["b"]}\n' + GOOD)
 
     assert result.status == 2
-    assert result.err.startswith("bge-rerank: <stdin>:2: the model's score of pair 0 is nan in float32")
+    assert result.err.startswith("bge-rerank: <stdin>:2: pair 0: the model's score is nan in float32")
     assert len(result.records) == 1
 
 

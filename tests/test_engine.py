@@ -379,7 +379,7 @@ def test_a_score_that_is_not_a_number_fails_its_own_request_and_names_the_cure(s
         thread.start()
     for thread in threads:
         thread.join()
-    assert f"score of pair 1 is {value}" in str(results.pop("poisoned"))
+    assert f"pair 1: the model's score is {value}" in str(results.pop("poisoned"))
     assert len(results) == 5
     assert all(isinstance(scores, list) for scores in results.values())
 

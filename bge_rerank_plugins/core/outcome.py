@@ -10,6 +10,8 @@ from concurrent.futures import InvalidStateError
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
+from .sequences import PairError
+
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
@@ -22,7 +24,7 @@ _RESOLVED_MEANWHILE = (RuntimeError, InvalidStateError)
 """What a future raises that another device's thread, or whoever closes, has resolved at this moment."""
 
 
-def recorded(pair: Pair, score: float | list[float], dtype: torch.dtype) -> list[Any] | ValueError | None:
+def recorded(pair: Pair, score: float | list[float], dtype: torch.dtype) -> list[Any] | PairError | None:
     """Records a pair's score.
 
     Returns:
@@ -35,7 +37,7 @@ def recorded(pair: Pair, score: float | list[float], dtype: torch.dtype) -> list
         name = str(dtype).removeprefix("torch.")
         better = "'bfloat16' or 'float32'" if name == "float16" else "'float32'"
         cure = "its weights or its input overflow" if name == "float32" else f"use dtype={better}"
-        return ValueError(f"the model's score of pair {pair.index} is {score} in {name}: {cure}")
+        return PairError(pair.index, f"the model's score is {score} in {name}: {cure}")
     request.scores[pair.index] = score
     request.unscored -= 1
     return None if request.unscored else request.scores

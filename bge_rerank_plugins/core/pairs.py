@@ -172,17 +172,17 @@ class PairEncoder:
         query_ids = self._query_ids(query)
         room = self._room - len(query_ids)
         passage_ids = self._words.ids([self._passage_instruction + passage for passage in passages])
-        return [self._sequence(query_ids, ids, room) for ids in passage_ids]
+        return [self._sequence(query_ids, ids, room, index) for index, ids in enumerate(passage_ids)]
 
     def windows(self, query: str, passage: str) -> list[str]:
         """The passage in parts that fit beside the query, each overlapping the next; the passage itself if it fits."""
         room = self._room - len(self._query_ids(query))
         return split_text(self._words.tokenizer, passage, room, self._passage_instruction)
 
-    def _sequence(self, query_ids: list[int], passage_ids: list[int], room: int) -> TokenSequence:
+    def _sequence(self, query_ids: list[int], passage_ids: list[int], room: int, index: int) -> TokenSequence:
         truncated = len(passage_ids) > room
         passage_ids = cut(passage_ids, room, self._side)
-        input_ids = self._words.known(self._template.join(query_ids, passage_ids))
+        input_ids = self._words.known(self._template.join(query_ids, passage_ids), index)
         return TokenSequence(
             input_ids=input_ids,
             token_type_ids=self._template.join_types(query_ids, passage_ids) if self._token_types else None,

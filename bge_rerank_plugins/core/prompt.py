@@ -81,12 +81,12 @@ class Prompt:
         group = next(_groups)
         return [
             TokenSequence(
-                self._words.known([*head, *cut([*self._separator, *ids], room, self._side), *self._tail]),
+                self._words.known([*head, *cut([*self._separator, *ids], room, self._side), *self._tail], index),
                 prefix=prefix,
                 group=group,
                 truncated=len(self._separator) + len(ids) > room,
             )
-            for ids in passage_ids
+            for index, ids in enumerate(passage_ids)
         ]
 
     def windows(self, query: str, passage: str) -> list[str]:

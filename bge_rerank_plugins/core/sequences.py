@@ -1,9 +1,15 @@
-"""Token ids of one query-passage pair: what families make of text, and packs are made of. Knows nothing of torch."""
+"""Token ids of one query-passage pair: what families make of text, and packs are made of; and what is wrong with one.
+
+Knows nothing of torch.
+"""
 
 from array import array
-from collections.abc import Collection, Iterable
+from bisect import bisect_right
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import blake2b
+from itertools import accumulate
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +47,37 @@ class TokenSequence:
     def tokens_beside(self, groups: Collection[int]) -> int:
         """Tokens that remain to be computed where the prefixes of these groups are there already."""
         return len(self) - (self.prefix if self.group in groups else 0)
+
+
+class PairError(ValueError):
+    """Why one pair of several cannot be scored.
+
+    Args:
+        index: The pair's place among them, from 0.
+        why: What is wrong with it.
+    """
+
+    def __init__(self, index: int, why: str) -> None:
+        super().__init__(index, why)  # what it is made of again in another process
+        self.index, self.why = index, why
+
+    def __str__(self) -> str:
+        return f"pair {self.index}: {self.why}"
+
+
+@contextmanager
+def counted_from(before: int, windows: Sequence[int] | None = None) -> Iterator[None]:
+    """Has the pair of a `PairError` counted among all pairs of a call, not among those that were handed over together.
+
+    Args:
+        before: Pairs of the call before these.
+        windows: In how many parts each of these was handed over; None for one each.
+    """
+    try:
+        yield
+    except PairError as error:
+        index = error.index if windows is None else bisect_right(list(accumulate(windows)), error.index)
+        raise PairError(before + index, error.why) from None
 
 
 def computed_tokens(sequences: Iterable[TokenSequence], kept: Iterable[int] = ()) -> int:

@@ -1,8 +1,10 @@
-"""Texts as token ids. Knows nothing of pairs, prompts, templates or torch."""
+"""Texts as token ids. Knows nothing of prompts, templates or torch."""
 
 from collections.abc import Sequence
 
 from tokenizers import Tokenizer
+
+from .sequences import PairError
 
 
 class Words:
@@ -26,16 +28,21 @@ class Words:
         """Token ids of each text, without special tokens."""
         return [encoding.ids for encoding in self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
 
-    def known(self, ids: list[int]) -> list[int]:
+    def known(self, ids: list[int], pair: int | None = None) -> list[int]:
         """These ids, once it is seen that the weights know them all.
 
+        Args:
+            ids: The ids.
+            pair: The place among several of the pair whose ids they are; None if they are of every pair.
+
         Raises:
-            ValueError: They do not.
+            ValueError: They do not; as `PairError` where it is one pair's.
         """
         highest = max(ids, default=0)
         if self._size is not None and highest >= self._size:
-            raise ValueError(
+            why = (
                 f"{self.tokenizer.id_to_token(highest)!r} cannot be scored: it is token {highest} of the tokenizer of "
                 f"{self._model!r}, whose weights have {self._size} (vocab_size in config.json)"
             )
+            raise ValueError(why) if pair is None else PairError(pair, why)
         return ids
