@@ -109,7 +109,8 @@ class Call:
             await room
 
     def _submitted(self, sequences: list[TokenSequence]) -> Future[None]:
-        request = self._engine.submit(sequences, self._job, self._cutoff_layers, admitted=self._admitted)
+        beyond = len(sequences) - len(self._windows[-1])
+        request = self._engine.submit(sequences, self._job, self._cutoff_layers, admitted=self._admitted, beyond=beyond)
         self._admitted = True
         self.truncated += sum(sequence.truncated for sequence in sequences)
         self._pending.append(request.future)

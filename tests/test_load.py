@@ -17,17 +17,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import DATA
+from conftest import DATA, printed_by
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from strategies import texts
 from tokenizers import Tokenizer, normalizers
+from torch import Tensor
 
 from bge_rerank_plugins import Scorer, call
 from bge_rerank_plugins.call import ENCODE_AT_ONCE, PAIRS_AHEAD
 from bge_rerank_plugins.core.checkpoint import Checkpoint
 from bge_rerank_plugins.core.engine import QueueFullError
+from bge_rerank_plugins.core.packing import Pack
+from bge_rerank_plugins.core.room import Room
+from bge_rerank_plugins.core.schedule import Job, Request, Schedule
+from bge_rerank_plugins.core.sequences import TokenSequence
 from bge_rerank_plugins.core.tokenizer import load_tokenizer
 from bge_rerank_plugins.core.windows import _spans, split_text
 from bge_rerank_plugins.settings import RerankSettings
@@ -209,6 +214,38 @@ def test_a_short_request_is_not_held_up_by_a_long_job(scorer: Scorer) -> None:
     assert packs <= -(-tokens // 2048) + 3
 
 
+def test_a_short_request_is_not_held_up_by_long_passages_in_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A job counted its passages, and every window was taken off: after so many of them it went before all others."""
+    bear = Tokenizer.from_file(f"{ENCODER}/tokenizer.json").encode("bear", add_special_tokens=False).ids[-1]
+    held, goes_on = threading.Event(), threading.Event()
+    has_the_short_one: list[bool] = []
+    options: dict[str, Any] = {"max_length": 64, "max_batch_tokens": 512, "long_passages": "split"}
+    with Scorer(ENCODER, **options) as scorer, ThreadPoolExecutor(2) as pool:
+        family: Any = scorer._lease.acquired().loaded.result()
+        forward = family.forward
+
+        def holding(pack: Pack, cutoff_layers: tuple[int, ...]) -> Tensor:
+            has_the_short_one.append(bool((pack.input_ids == bear).any()))
+            if len(has_the_short_one) == 3:  # many more windows than passages are done
+                held.set()
+                goes_on.wait(timeout=30)
+            scores: Tensor = forward(pack, cutoff_layers)
+            return scores
+
+        monkeypatch.setattr(family, "forward", holding)
+        long = pool.submit(scorer.score, "long job", [f"{number} " + "panda " * 5000 for number in range(4)])
+        assert held.wait(timeout=30)
+        waiting = scorer.stats()["queued_tokens"]
+        short = pool.submit(scorer.score, "short", ["bear"])
+        while scorer.stats()["queued_tokens"] == waiting:
+            time.sleep(0.001)
+        goes_on.set()
+        assert len(short.result()) == 1
+        assert len(long.result()) == 4
+    assert has_the_short_one.index(True) == 3  # the next one
+    assert len(has_the_short_one) > 20
+
+
 async def test_a_call_that_times_out_drops_its_pairs(scorer: Scorer) -> None:
     with pytest.raises(asyncio.TimeoutError):
         await asyncio.wait_for(scorer.ascore("a", ["panda " * 400] * 2000), timeout=0.2)
@@ -287,6 +324,37 @@ def test_small_calls_do_not_pass_a_large_one_for_ever(encoder_dir: str) -> None:
             for thread in small:
                 thread.join()
         assert scorer.stats()["queued_tokens"] == 0
+
+
+def test_who_may_not_wait_does_not_pass_those_who_were_let_in_before() -> None:
+    """What such a call had left took its turn behind all others that came, for as long as they did."""
+
+    def request(tokens: int) -> Request:
+        return Request([TokenSequence([0] * tokens)], Job(1))
+
+    queue = Schedule()
+    room = Room(100, queue)
+    assert room.enter(request(60), may_wait=False)
+    rest = request(60)
+    assert room.enter(rest, may_wait=True)
+    assert not room.enter(request(10), may_wait=False)
+    assert "120 tokens wait already, and max_queued_tokens=100 leaves no room for 10 more: " in room.refusal(
+        request(10)
+    )
+    rest.future.cancel()  # nobody waits for it any more
+    assert room.enter(request(10), may_wait=False)
+
+
+def test_who_alone_is_more_than_may_wait_is_told_so() -> None:
+    """It was told of a few tokens that wait, and to try again later."""
+    queue = Schedule()
+    room = Room(100, queue)
+    few, many = (Request([TokenSequence([0] * tokens)], Job(1)) for tokens in (100, 101))
+    assert room.enter(few, may_wait=False)
+    assert room.refusal(few).endswith(
+        "100 tokens wait already, and max_queued_tokens=100 leaves no room for 100 more: try again later"
+    )
+    assert "for 101 more, which get in only while nothing else waits: give fewer passages at once" in room.refusal(many)
 
 
 async def test_room_that_nobody_waits_for_any_more_is_given_to_others(encoder_dir: str) -> None:

@@ -135,6 +135,7 @@ class Engine:
         cutoff_layers: tuple[int, ...] = (),
         *,
         admitted: bool = False,
+        beyond: int = 0,
     ) -> Request:
         """Queues pairs, or has them wait for room in the queue.
 
@@ -143,6 +144,7 @@ class Engine:
             job: The job that they belong to, from `open_job`.
             cutoff_layers: Layers to score after. If there are any, each score is a list with one number for each.
             admitted: Whether the caller has queued some of its job already; these wait for room in any case.
+            beyond: How many more these are than the pairs that `open_job` was told of: windows of long passages.
 
         Returns:
             What was asked for. Its `future` resolves to the raw scores, in order, and cancelling it drops those not yet scored;
@@ -162,11 +164,9 @@ class Engine:
             # While the interpreter exits, a daemon thread waits in silence, and ends with it.
             if not self._exiting or not threading.current_thread().daemon:
                 self._raise_if_unusable()
+            job.pairs_left += beyond
             if not self._room.enter(request, may_wait=admitted or self._settings.when_full == "wait"):
-                raise QueueFullError(
-                    f"{self._schedule.tokens} tokens wait already, and max_queued_tokens={self._settings.max_queued_tokens}: "
-                    "try again later"
-                )
+                raise QueueFullError(self._room.refusal(request))
             self._stats.truncated += sum(sequence.truncated for sequence in sequences)
             self._changed.notify_all()
         self._room.announce()

@@ -33,7 +33,7 @@ class Room:
 
         Args:
             request: The request.
-            may_wait: Whether it may wait; else it passes those that do, or is left out.
+            may_wait: Whether it may wait; else it is left out if it would have to.
 
         Returns:
             Whether it is in the queue, or will be.
@@ -42,10 +42,18 @@ class Room:
             self._outside.append(request)
             self.let_in()
             return True
-        if not self._has_room_for(request):
+        if self._others_wait or not self._has_room_for(request):
             return False
         self._add(request)
         return True
+
+    def refusal(self, request: Request) -> str:
+        """Why a request was left out, and what to do."""
+        taken = self._queue.tokens + sum(each.tokens_left for each in self._outside)
+        why = f"{taken} tokens wait already, and max_queued_tokens={self._bound} leaves no room for {request.tokens_left} more"
+        if self._bound is None or request.tokens_left <= self._bound:
+            return f"{why}: try again later"
+        return f"{why}, which get in only while nothing else waits: give fewer passages at once, or raise max_queued_tokens"
 
     def let_in(self) -> bool:
         """Lets those in for whom there is room now, up to the first for whom there is none; whether there were any."""
@@ -66,6 +74,10 @@ class Room:
         while self._untold:
             with suppress(IndexError):  # another thread tells the last one
                 self._untold.popleft().has_entered()
+
+    @property
+    def _others_wait(self) -> bool:
+        return any(not request.finished for request in self._outside)
 
     def _has_room_for(self, request: Request) -> bool:
         """Where nothing waits there is room for any request."""
