@@ -58,8 +58,10 @@ class Turns:
         try:
             with asking():
                 job = self.thread.submit(_do, loop, waiting)
-        except RuntimeError:  # the thread has been shut down
-            _deliver([(future, None, RuntimeError(CLOSED)) for _, future in waiting])
+        except (
+            RuntimeError
+        ):  # the thread has been shut down: with the scorer, or by Python, whose main thread has ended
+            _do(loop, waiting)
             return
 
         def fail_if_dropped(job: Future[None]) -> None:

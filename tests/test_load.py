@@ -633,16 +633,36 @@ async def _result_of(turns: Turns) -> object:
     return await turns.run(int)
 
 
-def test_a_call_that_comes_after_the_tokenizer_has_stopped_is_told_that_the_scorer_is_closed() -> None:
+def test_a_call_that_comes_after_the_tokenizer_has_stopped_is_told_that_the_scorer_is_closed(encoder_dir: str) -> None:
     """It was told of futures that cannot be scheduled."""
+    scorer = Scorer(encoder_dir, query_instruction="late ")
+    scorer.warmup()
 
     async def late() -> None:
-        thread = ThreadPoolExecutor(1)
-        thread.shutdown()
-        await Turns(thread).run(str)
+        call = asyncio.ensure_future(scorer.ascore("a", ["b"]))
+        await asyncio.sleep(0)  # it has found the model
+        scorer.close()
+        await call
 
-    with pytest.raises(RuntimeError, match="the scorer was closed before this request was tokenised"):
+    with pytest.raises(RuntimeError, match="the scorer is closed"):
         asyncio.run(late())
+
+
+def test_tasks_are_served_after_the_main_thread_has_ended(encoder_dir: str) -> None:
+    """Python stops every pool of threads then, and tasks were told that the scorer was closed, which threads went on using."""
+    program = f"""
+import asyncio, threading, time
+from bge_rerank_plugins import Scorer
+scorer = Scorer({encoder_dir!r})
+scorer.warmup()
+async def serve():
+    while threading.main_thread().is_alive():
+        await asyncio.sleep(0.01)
+    time.sleep(0.2)
+    print(await scorer.ascore("panda", ["a bear"]) == scorer.score("panda", ["a bear"]))
+threading.Thread(target=lambda: asyncio.run(serve())).start()
+"""
+    assert printed_by(program) == "True\n"
 
 
 # The soak test
