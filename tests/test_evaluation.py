@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import ir_measures
+import numpy as np
 import pytest
 from conftest import DATA
 from hypothesis import given
@@ -22,6 +23,7 @@ from bge_rerank_plugins import RerankSettings, Scorer
 from bge_rerank_plugins.evaluation import JudgedSet, bm25_run, encoder_run, evaluate
 from bge_rerank_plugins.evaluation import report as report_module
 from bge_rerank_plugins.evaluation.command import first_stage
+from bge_rerank_plugins.evaluation.inputs import Run
 from bge_rerank_plugins.evaluation.measures import (
     measure,
     p_value,
@@ -294,6 +296,80 @@ def test_settings_and_weights_tell_one_scorer_from_another(tmp_path: Path) -> No
             evaluate(THREE, FOUND, {"same name": scorer}, output=tmp_path)
 
     assert len((tmp_path / "scores.jsonl").read_text().splitlines()) == 4
+
+
+class Reversed(Scorer):
+    """One that scores as it likes."""
+
+    def score(self, query: str, passages: Sequence[str]) -> list[float]:
+        return [-score for score in super().score(query, passages)]
+
+
+@pytest.mark.parametrize("names", [("plain", "reversed"), ("reversed", "plain")])
+@pytest.mark.parametrize("written", [False, True], ids=["", "written"])
+def test_a_subclass_does_not_get_the_scores_of_its_parent(
+    names: tuple[str, str], written: bool, tmp_path: Path
+) -> None:
+    """Both had the same options, and the one that came second was not asked."""
+    model, output = str(DATA / "encoder"), tmp_path if written else None
+    with Scorer(model) as plain, Reversed(model) as reversed_:
+        scorers = {"plain": plain, "reversed": reversed_}
+        report = evaluate(THREE, FOUND, [(name, scorers[name]) for name in names], output=output)
+    runs = {system.name: system.run for system in report.systems}
+    assert runs["reversed"] == {query: found[::-1] for query, found in runs["plain"].items()}
+
+
+# What is given by hand
+
+
+def test_what_belongs_to_other_queries_is_left_out() -> None:
+    """The first stage was measured on all that is judged, and rerankers on the queries that there are."""
+    few = replace(THREE, queries={"q2": "Q2"})
+    report = evaluate(few, FOUND, {"table": Table(A=3, B=2, C=1)}, measures="nDCG@10")
+
+    alone = evaluate(
+        replace(few, qrels={"q2": THREE.qrels["q2"]}), {"q2": FOUND["q2"]}, {"table": Table(A=3, B=2, C=1)}
+    )
+    for system, expected in zip(report.systems, alone.systems, strict=True):
+        assert system.run == expected.run
+        assert system.quality.mean["nDCG@10"] == expected.quality.mean["nDCG@10"]
+        assert system.quality.per_query["nDCG@10"].keys() == {"q2"}
+    assert report.systems[1].p_value == 1.0
+    assert report.recall == alone.recall == 1.0
+    assert report.measures == ("nDCG@10",)
+
+
+def test_numbers_and_lists_may_be_numpys(tmp_path: Path) -> None:
+    qrels = {
+        query: {passage: np.int64(value) for passage, value in judged.items()} for query, judged in THREE.qrels.items()
+    }
+    found: Any = {query: np.array(passages) for query, passages in FOUND.items()}
+
+    report = evaluate(replace(THREE, qrels=qrels), found, {"table": Table(A=1, B=3, C=1)}, output=tmp_path)
+    assert report.systems == evaluate(THREE, FOUND, {"table": Table(A=1, B=3, C=1)}, output=tmp_path).systems
+
+
+@pytest.mark.parametrize(
+    ("data", "found", "message"),
+    [
+        (THREE, {"q1": ["a", "nope"]}, "candidates: passage 'nope' of query 'q1' is not among the passages"),
+        (THREE, {"q1": ["a", "b", "a"]}, "candidates: passage 'a' is named twice for query 'q1'"),
+        (replace(THREE, queries={"q9": "Q9"}), FOUND, "qrels: query 'q9' is not judged"),
+        (
+            replace(THREE, qrels={**THREE.qrels, "q1": {"a": 0.5}}),  # type: ignore[dict-item]
+            FOUND,
+            "qrels: relevance 0.5 of passage 'a' for query 'q1': expected a whole number",
+        ),
+    ],
+)
+def test_what_is_wrong_with_what_was_given_is_named(data: JudgedSet, found: Run, message: str) -> None:
+    table = Table(A=1, B=3, C=1)
+    with pytest.raises(InputError, match=message):
+        evaluate(data, found, {"table": table})
+    assert table.asked == []
+
+
+# What is kept, by its files
 
 
 def test_another_vocabulary_is_another_scorer(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from ..identity import asked_options, digest, local_files
 from ..jsonl import InputError
 from ..ranking import rank_scores
 from ..scorer import Scorer
-from .inputs import JudgedSet, Run
+from .inputs import JudgedSet, Run, checked_run
 from .measures import Quality, measure, p_value, parse_measures, recall_of_candidates, trec_scores
 from .settings import MEASURES
 from .store import ScoreStore, check_same_data
@@ -95,7 +95,7 @@ def evaluate(
     candidates: Run,
     scorers: Mapping[str, SupportsScore] | Iterable[tuple[str, SupportsScore]],
     *,
-    measures: Sequence[str] = MEASURES,
+    measures: str | Sequence[str] = MEASURES,
     first_stage: str = "first stage",
     output: str | Path | None = None,
     advance: Callable[[], object] = lambda: None,
@@ -106,28 +106,30 @@ def evaluate(
     Equal scores keep the candidates' order. A query without candidates is not scored, and counts 0.
 
     Args:
-        data: Queries, passages and judgements.
-        candidates: For each query the passages to rerank, best first; all of them are.
+        data: Queries, passages and judgements; those of other queries are left out.
+        candidates: For each query the passages to rerank, best first; all of them are. Those of other queries are left out.
         scorers: By name. An iterable may make each one when its turn comes, and close it then.
         measures: Names in ir_measures; the first one is tested for significance.
         first_stage: What to call the candidates' own order.
         output: Folder for scores.jsonl, which lets a killed evaluation go on where it was, results.json, per_query.tsv and
-            a TREC run of each system; None writes nothing. A scorer that is not a `Scorer` is known again by its name.
+            a TREC run of each system; None writes nothing. A scorer that is not just a `Scorer` is known again by its name.
         advance: Called after every query.
 
     Returns:
         The first stage and every scorer.
 
     Raises:
-        ValueError: An unknown measure; a scorer that fails, named with its query; results of other data in `output`.
+        ValueError: A query that is not judged, candidates or judgements that are none, an unknown measure; a scorer that
+            fails, named with its query; results of other data in `output`.
         ImportError: The extra `eval` is not installed.
 
     Examples:
         >>> data = read_beir("scifact")  # doctest: +SKIP
         >>> report = evaluate(data, bm25_run(data, 100), {"m3": Scorer("BAAI/bge-reranker-v2-m3")})  # doctest: +SKIP
     """
-    parsed = parse_measures(measures)
+    parsed = parse_measures([measures] if isinstance(measures, str) else measures)
     names = tuple(map(str, parsed))
+    data, candidates = data.judged(), checked_run(candidates, data)
     data_digest = digest(data.name, dict(data.queries), {query: dict(judged) for query, judged in data.qrels.items()})
     folder = None if output is None else Path(output)
     if folder is not None:
@@ -197,7 +199,9 @@ def _identity(name: str, scorer: SupportsScore) -> Any:
     """What scores and time depend on besides the texts."""
     if not isinstance(scorer, Scorer):
         return name
-    return [__version__, asked_options(scorer.settings), local_files(scorer.settings)]
+    own = [__version__, asked_options(scorer.settings), local_files(scorer.settings)]
+    kind = type(scorer)
+    return own if kind is Scorer else [*own, kind.__module__, kind.__qualname__, name]  # it may score as it likes
 
 
 def _write(report: Report, folder: Path, data_digest: str) -> None:

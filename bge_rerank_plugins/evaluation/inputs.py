@@ -10,8 +10,10 @@ import math
 import random
 import re
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +51,23 @@ class JudgedSet:
             queries={query: text for query, text in self.queries.items() if query in kept},
             qrels={query: judged for query, judged in self.qrels.items() if query in kept},
         )
+
+    def judged(self) -> JudgedSet:
+        """The set with the judgements of its queries alone, as Python's own whole numbers.
+
+        Raises:
+            InputError: A query has no judgements, or something is no whole number.
+        """
+        qrels: dict[str, dict[str, int]] = {}
+        for query in self.queries:
+            if query not in self.qrels:
+                raise InputError(f"qrels: query {query!r} is not judged; leave it out of queries, or judge it {{}}")
+            for passage, relevance in self.qrels[query].items():
+                if not isinstance(relevance, Integral):
+                    where = f"of passage {passage!r} for query {query!r}"
+                    raise InputError(f"qrels: relevance {relevance!r} {where}: expected a whole number")
+            qrels[query] = {passage: int(relevance) for passage, relevance in self.qrels[query].items()}
+        return replace(self, qrels=qrels)
 
     @property
     def answerable(self) -> list[str]:
@@ -161,6 +180,23 @@ def read_run(path: str | Path, data: JudgedSet) -> Run:
     if data.queries and not any(found.values()):
         raise InputError(f"{path}: names none of the {len(data.queries)} judged queries")
     return {query: sorted(scores, key=lambda passage: -scores[passage]) for query, scores in found.items()}
+
+
+def checked_run(run: Mapping[str, Iterable[str]], data: JudgedSet) -> Run:
+    """The run of a set's queries, as lists.
+
+    Raises:
+        InputError: A passage that is not in the set, or that is named twice for a query.
+    """
+    checked: Run = {}
+    for query in data.queries:
+        checked[query] = list(run.get(query, []))
+        for passage, count in Counter(checked[query]).items():
+            if passage not in data.passages:
+                raise InputError(f"candidates: passage {passage!r} of query {query!r} is not among the passages")
+            if count > 1:
+                raise InputError(f"candidates: passage {passage!r} is named twice for query {query!r}")
+    return checked
 
 
 def lines_of(path: str | Path) -> Iterator[bytes]:
