@@ -8,8 +8,8 @@ import stat
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from hashlib import sha256
 from pathlib import Path
+from secrets import token_hex
 from typing import BinaryIO
 
 from .jsonl import InputError
@@ -76,11 +76,10 @@ def whole(path: Path) -> Iterator[BinaryIO]:
             yield sink
         return
     path = path.resolve()
-    # With the whole name in it, its name could be longer than a name may be.
-    digest = sha256(os.fsencode(path.name)).hexdigest()[:16]
-    part = path.with_name(f".{path.name[:32]}.{digest}.part")
+    # With the whole name in it, its name could be longer than a name may be; and another process may write to the same path.
+    part = path.with_name(f".{path.name[:32]}.{token_hex(8)}.part")
     try:
-        with part.open("wb") as sink:
+        with part.open("xb") as sink:
             if path.exists():
                 shutil.copymode(path, part)  # before there is anything to read
             yield sink

@@ -87,6 +87,21 @@ def test_who_may_read_a_file_stays_as_it_was(mode: int, tmp_path: Path) -> None:
     assert stat.S_IMODE(path.stat().st_mode) == mode
 
 
+def test_two_who_write_one_file_leave_one_of_both(tmp_path: Path) -> None:
+    """The second one wrote into what the first was writing, and who ended first put the mixture in place."""
+    path = tmp_path / "out"
+    with whole(path) as first:
+        first.write(b"first, begun")
+        first.flush()
+        with whole(path) as second:
+            second.write(b"second")
+            second.flush()
+        assert path.read_bytes() == b"second"
+        first.write(b" and ended")
+    assert path.read_bytes() == b"first, begun and ended"
+    assert [each.name for each in tmp_path.iterdir()] == ["out"]
+
+
 @pytest.mark.skipif(os.name == "nt", reason="Windows limits the whole path")
 @pytest.mark.parametrize("letter", ["x", "é"])
 def test_a_file_may_have_the_longest_name_there_is(letter: str, tmp_path: Path) -> None:
