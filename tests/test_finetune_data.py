@@ -291,7 +291,14 @@ def test_that_nothing_can_be_held_out_is_said(tmp_path: Path, caplog: pytest.Log
     data = write_lines(tmp_path / "data.jsonl", [{"query": "q", "pos": ["a"], "neg": ["b"]}] * 20)
     flags = ["--train-group-size=2", "--max-steps=1"]
     assert main([*command_line("finetune", data, str(tmp_path / "out")), *flags]) == 0
-    assert "no lines are held out, so that no MRR is measured" in caplog.text
+    assert "no lines are held out, so that no MRR is measured: every query has too many of them" in caplog.text
+
+
+def test_that_one_line_cannot_be_held_out_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    data = write_lines(tmp_path / "data.jsonl", [{"query": "q", "pos": ["a"], "neg": ["b"]}])
+    flags = ["--train-group-size=2", "--max-steps=1"]
+    assert main([*command_line("finetune", data, str(tmp_path / "out")), *flags]) == 0
+    assert "no MRR is measured: there is only one; give eval_data" in caplog.text
 
 
 # Losses.
@@ -462,6 +469,24 @@ def test_an_empty_range_and_an_overwritten_input_are_refused(
         assert main(command_line(command, data, data)) == 2
         assert "that is the input" in capsys.readouterr().err
     assert Path(data).read_bytes() == before
+
+
+def test_an_overwritten_corpus_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = write_lines(tmp_path / "data.jsonl", mining_lines())
+    corpus = write_lines(tmp_path / "corpus.jsonl", [{"text": "a bear"}, {"text": "a cat"}])
+    before = Path(corpus).read_bytes()
+    assert main(["mine", data, "--corpus", corpus, "--output", corpus]) == 2
+    assert f"--output {corpus}: that is the input {corpus}, which would be lost" in capsys.readouterr().err
+    assert Path(corpus).read_bytes() == before
+
+
+def test_a_line_that_lacks_a_negative_is_not_told_to_take_groups_of_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = [{"query": query, "pos": [f"a {query} fox"], "neg": []} for query in ("red", "blue")]
+    data = write_lines(tmp_path / "data.jsonl", lines)
+    assert main([*command_line("finetune", data, str(tmp_path / "out")), "--train-group-size=2"]) == 2
+    assert "train_group_size=2; give it one, or other lines to train on, besides those held" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", ["mine", "distill"])

@@ -51,7 +51,7 @@ def run_mine(arguments: argparse.Namespace) -> None:
     from .mining import mine, read_records
 
     records = read_records(arguments.file)
-    _check_output(arguments.file, arguments.output)
+    _check_output(arguments.output, arguments.file, settings.corpus)
     mined = mine(records, settings)
     _write(arguments.output, mined)
     few = sum(len(record["neg"]) < settings.negatives for record in mined)
@@ -81,7 +81,7 @@ def run_distill(arguments: argparse.Namespace) -> None:
     from .mining import read_records
 
     records = read_records(arguments.file)
-    _check_output(arguments.file, arguments.output)
+    _check_output(arguments.output, arguments.file)
     check_prompts(records, settings)
     shown = getattr(arguments, "show_progress", None)
     with (
@@ -105,12 +105,13 @@ def _add_files(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _check_output(file: str, output: str) -> None:
+def _check_output(output: str, *inputs: str | None) -> None:
     if output == "-":
         return
     check_writable("--output", output)
-    if Path(output).exists() and Path(output).samefile(file):
-        raise InputError(f"--output {output}: that is the input, which would be lost")
+    for file in inputs:
+        if file is not None and Path(output).exists() and Path(output).samefile(file):
+            raise InputError(f"--output {output}: that is the input {file}, which would be lost")
 
 
 def _write(output: str, records: Iterable[dict[str, Any]]) -> None:

@@ -253,9 +253,12 @@ class Corpus:
         there = len(example.neg) + len(self._keys) - len(self._taken(example))
         if there >= count:
             return None
+        cure = (
+            f"take at most {there + 1}" if there else "give it one, or other lines to train on, besides those held out"
+        )
         return (
             f"{example.place}: only {there} negatives, the passages of other lines included, for "
-            f"train_group_size={count + 1}; take at most {there + 1}"
+            f"train_group_size={count + 1}; {cure}"
         )
 
     def _taken(self, example: Example) -> set[str]:

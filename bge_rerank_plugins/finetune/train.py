@@ -145,9 +145,8 @@ def _read(settings: FinetuneSettings) -> tuple[list[Example], list[Example], lis
         return examples, held_out, examples + held_out
     training, held_out = split_held_out(examples, settings.held_out, settings.max_held_out, settings.seed)
     if settings.held_out and not held_out:
-        logger.warning(
-            "no lines are held out, so that no MRR is measured: every query has too many of them; give eval_data"
-        )
+        why = "every query has too many of them" if len(examples) > 1 else "there is only one"
+        logger.warning("no lines are held out, so that no MRR is measured: %s; give eval_data", why)
     return training, held_out, examples
 
 
