@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Collection, Iterable
 from types import NoneType
 from typing import Any, Literal, TypeVar, get_args, get_origin
@@ -70,7 +71,9 @@ def _flag_kind(annotation: Any) -> dict[str, Any]:
 
 
 def _one_or_list(text: str) -> str | list[str]:
-    return text.split(",") if "," in text else text
+    """Parts between commas, but for those within parentheses, as a measure has them: RBP(p=0.8,rel=1)."""
+    parts = re.split(r",(?![^()]*\))", text)
+    return parts if len(parts) > 1 else text
 
 
 def given(arguments: argparse.Namespace, name: str) -> Any:

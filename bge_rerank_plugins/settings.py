@@ -10,6 +10,8 @@ from typing import Any, Literal, TypeAlias, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
+from .texts import check_text
+
 Dtype: TypeAlias = Literal["auto", "fast", "float32", "bfloat16", "float16", "int8"]
 
 EMBEDDED = ("embedded", "embedded-decoder", "embedded-layerwise")
@@ -140,6 +142,13 @@ class RerankSettings(Settings):
         description="Access token for the hub; kept out of everything that is printed or dumped.",
     )
     show_progress: bool = Field(default=False, description="Show a progress bar on standard error while scoring.")
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _text_is_unicode(cls, value: object, info: ValidationInfo) -> object:
+        if isinstance(value, str):
+            check_text(value, str(info.field_name))
+        return value
 
     @field_validator("device")
     @classmethod

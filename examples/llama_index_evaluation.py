@@ -14,7 +14,6 @@ library, the default models are the ones of the extra `demo`, so that it runs wi
 import argparse
 from collections.abc import Sequence
 from dataclasses import replace
-from statistics import fmean
 from typing import Any
 
 from llama_index.core import VectorStoreIndex
@@ -64,6 +63,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[tuple[str, str], Scores
     """Evaluate every pair of an embedding model and a reranker, and print the table."""
     options = parse_options(arguments)
     data = smaller(load(EvaluationSettings(data=options.data, sample=options.queries)), options.passages)
+    if data.pools is not None:
+        raise SystemExit(f"--data {options.data}: its queries have texts of their own, and an index has all in one")
     print(
         f"{data.name}: {len(data.queries)} queries, {len(data.passages)} passages; {options.similarity_top_k} retrieved, "
         f"{options.top_n} kept."
@@ -84,7 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[tuple[str, str], Scores
 def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", default="standard-library", help="as for bge-rerank eval")
+    parser.add_argument("--data", default="standard-library", help="as for bge-rerank eval, but for rerank sets")
     parser.add_argument("--embeddings", default=MINILM, metavar="MODEL[,MODEL...]")
     parser.add_argument("--rerankers", default="embedded", metavar="MODEL[,MODEL...]")
     parser.add_argument("--queries", type=int, help="so many queries drawn at random; all by default")
@@ -107,15 +108,17 @@ def smaller(data: JudgedSet, passages: int | None) -> JudgedSet:
 def evaluated(
     index: VectorStoreIndex, data: JudgedSet, top_k: int, reranker: BaseNodePostprocessor | None = None
 ) -> Scores:
-    """The means of the evaluator's metrics over all queries."""
+    """The means of the evaluator's metrics over all queries; those without a relevant passage, which it refuses, count 0."""
     evaluator = RetrieverEvaluator.from_metric_names(
         list(METRICS),
         retriever=index.as_retriever(similarity_top_k=top_k),
         node_postprocessors=[] if reranker is None else [reranker],
     )
     relevant = {query: [passage for passage, value in data.qrels[query].items() if value > 0] for query in data.queries}
-    results = [evaluator.evaluate(text, relevant[query]) for query, text in data.queries.items()]
-    return {metric: fmean(result.metric_vals_dict[metric] for result in results) for metric in METRICS}
+    results = [evaluator.evaluate(data.queries[query], relevant[query]) for query in data.answerable]
+    return {
+        metric: sum(result.metric_vals_dict[metric] for result in results) / len(data.queries) for metric in METRICS
+    }
 
 
 def print_table(table: dict[tuple[str, str], Scores]) -> None:

@@ -1,5 +1,6 @@
 """`bge-rerank eval`, from its arguments to its exit status, on a tiny checkpoint."""
 
+import argparse
 import json
 import os
 import re
@@ -13,7 +14,9 @@ import pytest
 from conftest import DATA
 from hub import Hub, put_into_cache
 
+from bge_rerank_plugins.arguments import add_fields
 from bge_rerank_plugins.cli import main
+from bge_rerank_plugins.evaluation import EvaluationSettings
 
 ENCODER, LAYERWISE = str(DATA / "encoder"), str(DATA / "layerwise")
 WORDS = ["panda", "bear", "bamboo", "Sichuan", "forest", "river", "stone", "mountain", "rice", "tea", "silk", "road"]
@@ -366,3 +369,12 @@ def test_several_measures_are_taken(folder: Path, capsys: pytest.CaptureFixture[
     """The flag of a list took one."""
     assert main(["eval", str(folder), "--models", ENCODER, "--top-k", "5", "--measures", "nDCG@3,RR@5"]) == 0
     assert capsys.readouterr().out.splitlines()[1].split()[:2] == ["nDCG@3", "MRR@5"]
+
+
+def test_a_measure_may_have_commas_of_its_own() -> None:
+    """It was cut in the middle."""
+    parser = argparse.ArgumentParser()
+    add_fields(parser, EvaluationSettings, ["measures"])
+    given = parser.parse_args(["--measures", "RBP(p=0.8,rel=1)@10,nDCG@3,P(rel=2)@5"]).measures
+    assert given == ["RBP(p=0.8,rel=1)@10", "nDCG@3", "P(rel=2)@5"]
+    assert parser.parse_args(["--measures", "RBP(p=0.8,rel=1)@10"]).measures == "RBP(p=0.8,rel=1)@10"

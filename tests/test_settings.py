@@ -5,6 +5,7 @@ import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import DATA
@@ -95,6 +96,14 @@ def test_a_directory_is_the_one_that_its_name_meant_when_it_was_given(
 
 def test_the_names_of_the_demo_models_are_known_here() -> None:
     assert {*EMBEDDED} == {"embedded", *EMBEDDED_LLMS}
+
+
+@pytest.mark.parametrize("option", ["query_instruction", "prompt", "model", "peft_path"])
+def test_text_that_is_no_unicode_is_refused_by_name(option: str) -> None:
+    """It ended in an error of what writes JSON, which named nothing."""
+    options: dict[str, Any] = {"model": "m", option: "\udcff list"}
+    with pytest.raises(ValueError, match=rf"{option}='\\udcff list': not valid Unicode"):
+        RerankSettings(**options)
 
 
 def test_an_unknown_option_is_refused() -> None:
