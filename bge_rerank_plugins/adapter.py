@@ -5,7 +5,6 @@ Knows nothing of either framework, and nothing of torch.
 
 from __future__ import annotations
 
-import asyncio
 import inspect
 import logging
 import math
@@ -21,6 +20,7 @@ from .ranking import RankedPassage, check_cut, rank_scores
 from .scorer import Scorer
 from .settings import RerankSettings
 from .texts import checked_requests, checked_texts
+from .turns import in_thread
 
 logger = logging.getLogger("bge_rerank_plugins")
 
@@ -219,7 +219,7 @@ class AdapterSettings(ScorerSettings):
             scores = ascore(query, texts)
             scores = await scores if inspect.isawaitable(scores) else scores
         else:
-            scores = await asyncio.to_thread(scorer.score, query, texts)
+            scores = await in_thread(scorer.score, query, texts)
         return rank_scores(checked_scores(scores, texts), top_n, self.score_threshold)
 
     def _rank_batch(self, requests: Sequence[tuple[str, list[str]]]) -> list[list[RankedPassage]]:

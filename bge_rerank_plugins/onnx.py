@@ -7,7 +7,6 @@ transformers, so that it also runs where this package was installed without its 
 
 from __future__ import annotations
 
-import asyncio
 import json
 import math
 import os
@@ -27,6 +26,7 @@ from .lease import FORKED
 from .ranking import RankedPassage, check_cut, rank_scores, sigmoid
 from .settings import RerankSettings
 from .texts import checked_requests, checked_texts, naming_requests, requests_of_pairs, scores_by_request
+from .turns import in_thread
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -153,13 +153,13 @@ class OnnxScorer:
 
     async def ascore(self, query: str, passages: Sequence[str]) -> list[float]:
         """`score` in a thread of the event loop's pool."""
-        return await asyncio.to_thread(self.score, query, passages)
+        return await in_thread(self.score, query, passages)
 
     async def arank(
         self, query: str, passages: Sequence[str], top_n: int | None = None, score_threshold: float | None = None
     ) -> list[RankedPassage]:
         """`rank` in a thread of the event loop's pool."""
-        return await asyncio.to_thread(self.rank, query, passages, top_n, score_threshold)
+        return await in_thread(self.rank, query, passages, top_n, score_threshold)
 
     def warmup(self) -> None:
         """Loads the graph and scores one pair, so that the first request does not wait for it."""

@@ -5,12 +5,12 @@ Knows nothing of models or frameworks.
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from .call import ENCODE_AT_ONCE
 from .texts import checked_requests, requests_of_pairs, stream_of_requests
+from .turns import in_thread
 
 
 def overrides(kind: type, method: str, base: type) -> bool:
@@ -33,7 +33,7 @@ class _ByScore:
 
     async def ascore(self, query: str, passages: Sequence[str]) -> list[float]:
         """`score` in a thread."""
-        return list(await asyncio.to_thread(self.score, query, passages))
+        return list(await in_thread(self.score, query, passages))
 
     def score_pairs(self, pairs: Iterable[tuple[str, str]]) -> list[float]:
         """Scores (query, passage) pairs, those that follow each other with the same query in one call."""
@@ -45,7 +45,7 @@ class _ByScore:
 
     async def ascore_batch(self, requests: Iterable[tuple[str, Sequence[str]]]) -> list[list[float]]:
         """`score_batch` in a thread."""
-        return await asyncio.to_thread(_ByScore.score_batch, self, requests)
+        return await in_thread(_ByScore.score_batch, self, requests)
 
     def score_stream(self, pairs: Iterable[tuple[str, str]]) -> Iterator[float]:
         """Scores any number of pairs, as they are drawn."""

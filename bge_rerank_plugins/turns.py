@@ -10,17 +10,35 @@ import asyncio
 import weakref
 from collections.abc import Callable
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from .signals import asking
 
 if TYPE_CHECKING:
     from concurrent.futures import Future, ThreadPoolExecutor
 
+_T = TypeVar("_T")
+
 CLOSED = "the scorer was closed before this request was tokenised"
 
 RETURNED_AT_ONCE = 16
 """Results that go back to the loop together; more would keep the device waiting for the first."""
+
+
+async def in_thread(function: Callable[..., _T], *arguments: Any) -> _T:
+    """What a function returns, run in a thread of the event loop's pool.
+
+    Raises:
+        RuntimeError: It raised StopIteration, which no future can hold: who awaits `asyncio.to_thread` would wait for ever.
+    """
+
+    def called() -> _T:
+        try:
+            return function(*arguments)
+        except StopIteration as error:
+            raise RuntimeError(f"{function!r:.80} raised StopIteration") from error
+
+    return await asyncio.to_thread(called)
 
 
 class _Waiting(list[tuple[Callable[[], Any], "asyncio.Future[Any]"]]):

@@ -428,6 +428,26 @@ def test_a_scorer_of_pairs_is_refused_at_construction(adapter):
 
 
 @ADAPTERS
+def test_a_scorer_that_runs_out_of_something_does_not_leave_who_awaits_it_waiting(adapter):
+    """No future can hold a StopIteration, so that the task that waited for one waited for ever."""
+
+    class RunsOut(NumberScorer):
+        def score(self, query, passages):
+            return [next(iter(())) for _ in passages]
+
+    async def asked():
+        reranker = adapter(scorer=RunsOut())
+        if adapter is langchain.BGERerank:
+            call = reranker.acompress_documents([Document("1")], QUERY)
+        else:
+            call = reranker.apostprocess_nodes([NodeWithScore(node=TextNode(text="1"))], query_str=QUERY)
+        await asyncio.wait_for(call, timeout=10)
+
+    with pytest.raises(RuntimeError, match="raised StopIteration"):
+        asyncio.run(asked())
+
+
+@ADAPTERS
 def test_an_ascore_that_is_no_coroutine_is_taken_as_well(adapter):
     class Both(NumberScorer):
         def ascore(self, query, passages):
