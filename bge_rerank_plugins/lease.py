@@ -99,6 +99,8 @@ class Lease:
             if loaded.done() and loaded.exception() is None:  # the usual case, and a thousand may come at once
                 return engine, loaded.result()
             waiting = asyncio.wrap_future(loaded)
+        # Who has stopped waiting does not ask it: else asyncio would report an error that nobody heard of, for each of them.
+        waiting.add_done_callback(lambda done: done.cancelled() or done.exception())
         try:
             # Shielded: whoever stops waiting must not cancel the load for everybody else.
             return engine, await asyncio.shield(waiting)

@@ -385,6 +385,35 @@ async def test_who_does_not_wait_for_a_load_any_more_does_not_stop_it_for_others
         assert first.cancelled()
 
 
+async def test_who_does_not_wait_for_a_load_that_fails_hears_nothing_of_it(
+    encoder_dir: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """asyncio reported an error that was never retrieved, with all of its traceback, for every such caller."""
+    gate, told = threading.Event(), list[dict[str, Any]]()
+
+    def fails(self: Worker, *arguments: Any) -> None:
+        gate.wait(30)
+        raise ValueError("cut off")
+
+    monkeypatch.setattr(Worker, "__init__", fails)
+    asyncio.get_running_loop().set_exception_handler(lambda loop, context: told.append(context))
+    with Scorer(encoder_dir, query_instruction="fails to load ") as scorer:
+        calls = [asyncio.ensure_future(scorer.ascore("a", ["b"])) for _ in range(3)]
+        while scorer._lease.engine is None:
+            await asyncio.sleep(0.001)
+        await asyncio.sleep(0.05)
+        for call in calls[1:]:
+            call.cancel()
+        await asyncio.sleep(0.05)
+        gate.set()
+        with pytest.raises(ValueError, match="cut off"):
+            await calls[0]
+    del calls, call
+    await asyncio.sleep(0.05)
+    gc.collect()
+    assert told == []
+
+
 class Passages(list[str]):
     """A list that one can tell to be gone."""
 
