@@ -15,7 +15,7 @@ from .identity import asked_options, digest, local_files
 from .ranking import check_cut, rank_scores
 from .scorer import Scorer
 from .settings import RerankSettings
-from .texts import checked_texts
+from .texts import checked_texts, in_order
 
 _NO_EXPERIMENT = ("model", "revision", "cutoff_layer", "max_batch_tokens")
 """Options that mteb hears of by the model's name and revision, and one that changes the time alone."""
@@ -113,10 +113,10 @@ class ScorerCrossEncoder:
                 raise ValueError("inputs=None: give pairs, or both inputs1 and inputs2")
             pairs = list(zip(_texts(inputs1), _texts(inputs2), strict=True))
         else:
-            single = not isinstance(inputs, str) and len(inputs) == 2 and all(isinstance(text, str) for text in inputs)
+            single = in_order(inputs) and len(inputs) == 2 and all(isinstance(text, str) for text in inputs)
             rows: Iterable[Any] = [inputs] if single else inputs
-            # Rows of arrays are pairs as well. Strings are none, though tuples can be made of them.
-            pairs = [tuple(row) if isinstance(row, Iterable) and not isinstance(row, str) else row for row in rows]
+            # Rows of arrays are pairs as well. Strings and dicts are none, though tuples can be made of them.
+            pairs = [tuple(row) if in_order(row) else row for row in rows]
         scores: Any = self.scorer.score_pairs(pairs)
         if activation_fn is not None or convert_to_tensor or not convert_to_numpy:
             import torch
@@ -167,7 +167,7 @@ class ScorerCrossEncoder:
         Returns:
             Dicts with "corpus_id", the place among the documents, "score", and "text" if asked for.
         """
-        check_cut(top_k, None)
+        check_cut(top_k, None, "top_k")
         texts = checked_texts(query, documents)
         scores = self.predict([(query, text) for text in texts], activation_fn=activation_fn)
         return [

@@ -224,7 +224,8 @@ def _scored_node(node: BaseNode) -> BaseNode:
 def _with_retrieval_score(node: NodeWithScore) -> NodeWithScore:
     """The same on a copied node, so that neither the caller's node nor the texts made of this one change."""
     inner = node.node
-    update: dict[str, Any] = {"metadata": {**inner.metadata, RETRIEVAL_SCORE: node.score}}
+    score = None if node.score is None else float(node.score)  # others leave numpy's numbers there, which JSON has not
+    update: dict[str, Any] = {"metadata": {**inner.metadata, RETRIEVAL_SCORE: score}}
     for field in ("excluded_embed_metadata_keys", "excluded_llm_metadata_keys"):
         keys = getattr(inner, field)
         update[field] = keys if RETRIEVAL_SCORE in keys else [*keys, RETRIEVAL_SCORE]

@@ -28,10 +28,10 @@ def rank_scores(
     return sorted(kept, key=lambda passage: -passage.score)[:top_n]
 
 
-def check_cut(top_n: int | None, score_threshold: float | None) -> None:
-    """Raises ValueError for a `top_n` or `score_threshold` that cannot be meant."""
+def check_cut(top_n: int | None, score_threshold: float | None, name: str = "top_n") -> None:
+    """Raises ValueError for a `top_n`, which may have another name, or a `score_threshold` that cannot be meant."""
     if top_n is not None and (isinstance(top_n, bool) or not isinstance(top_n, Integral) or top_n < 0):
-        raise ValueError(f"top_n={top_n!r}: expected a whole number from 0, or None for all")
+        raise ValueError(f"{name}={top_n!r}: expected a whole number from 0, or None for all")
     if score_threshold is not None and (
         isinstance(score_threshold, bool)
         or not isinstance(score_threshold, Real)

@@ -28,10 +28,11 @@ def checked_texts(query: str, passages: Iterable[str]) -> list[str]:
 
 
 def in_order(texts: object) -> bool:
-    """Whether these are several, in an order: a dictionary has keys, a set no order, and a string is one."""
-    return isinstance(texts, Iterable) and (
-        isinstance(texts, KeysView) or not isinstance(texts, (str, bytes, Mapping, Set))
-    )
+    """Whether these are several, in an order: a dictionary and a table have keys, a set no order, and a string is one."""
+    one_by_one = (
+        isinstance(texts, Iterable) and getattr(texts, "ndim", 1) == 1
+    )  # a table's elements are its columns' names
+    return one_by_one and (isinstance(texts, KeysView) or not isinstance(texts, (str, bytes, Mapping, Set)))
 
 
 def checked_layers(cutoff_layers: Iterable[int]) -> list[int]:
@@ -146,5 +147,5 @@ def check_text(value: object, name: str) -> None:
 
 
 def _shown(value: object) -> str:
-    text = ascii(value)
+    text = ascii(value).replace("\n", " ")
     return text if len(text) <= 80 else f"{text[:77]}..."

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from conftest import DATA
+from datasets import Dataset
 from sentence_transformers import CrossEncoder
 from sentence_transformers.cross_encoder.evaluation import CrossEncoderRerankingEvaluator
 
@@ -82,8 +84,17 @@ def test_pairs_that_are_none_are_refused(model: ScorerCrossEncoder) -> None:
             model.predict(texts)
     with pytest.raises(ValueError, match=r"passages='abc': expected a list of strings"):
         model.rank(QUERY, "abc")
-    with pytest.raises(ValueError, match=r"top_n=-1"):
+    with pytest.raises(ValueError, match=r"top_k=-1: expected a whole number"):
         model.rank(QUERY, PASSAGES, top_k=-1)
+
+
+def test_rows_of_tables_are_no_pairs_of_their_columns_names(model: ScorerCrossEncoder) -> None:
+    row = {"query": QUERY, "passage": "hi"}
+    table = pd.DataFrame([row, row])
+    for inputs in ([row, row], row, table, Dataset.from_list([row, row]), [{QUERY, "hi"}]):
+        with pytest.raises(ValueError, match=r"pairs\[0\]=.*expected \(query, passage\)"):
+            model.predict(inputs)  # type: ignore[arg-type]
+    assert model.predict(table.to_numpy()) == pytest.approx(model.predict([(QUERY, "hi")] * 2), abs=1e-5)
 
 
 def test_the_reranking_evaluator_sees_the_same_as_with_their_own_model(

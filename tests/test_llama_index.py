@@ -198,6 +198,16 @@ async def test_scores_are_python_floats(postprocess, nodes):
         assert {type(node.score) for node in await postprocess(reranker, nodes)} == {float}
 
 
+async def test_a_retrieval_score_of_numpy_is_kept_as_a_number(postprocess):
+    """Other rerankers leave such scores, pydantic does not look at them, and JSON has none."""
+    node = NodeWithScore(node=TextNode(text="a"))
+    node.score = np.float32(0.25)
+    (found,) = await postprocess(BGERerank(scorer=LengthScorer(), keep_retrieval_score=True), [node])
+    assert found.node.metadata == {"retrieval_score": 0.25}
+    assert type(found.node.metadata["retrieval_score"]) is float
+    assert json.loads(found.to_json())["node"]["metadata"] == {"retrieval_score": 0.25}
+
+
 async def test_nodes_without_text_are_scored_as_empty(postprocess, reference):
     textless = [ImageNode(image_path="panda.png"), IndexNode(index_id="other"), TextNode(), Node()]
     given = [NodeWithScore(node=node, score=0.5) for node in [*textless, TextNode(text="some text")]]

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 from conftest import DATA, printed_by
 from hypothesis import given
@@ -97,6 +98,9 @@ def test_any_iterable_of_strings_will_do(scorer: Scorer) -> None:
         ("a", {"text"}, "passages={'text'}: expected a list of strings"),
         ("a", ["x", None], r"passages\[1\]=None: expected a string, got NoneType"),
         ("a", ["x", 1.5], r"passages\[1\]=1.5: expected a string, got float"),
+        ("a", np.array("one text"), r"passages=array\('one text'.*: expected a list of strings"),
+        ("a", np.array([["a", "b"]]), r"passages=array\(\[\['a', 'b'\]\].*: expected a list of strings"),
+        ("a", pd.DataFrame({"text": ["a"], "id": ["b"]}), r"passages=.*: expected a list of strings"),
         ("a", ["\ud800"], r"passages\[0\]='.ud800': not valid Unicode, surrogates not allowed at 0"),
         ("\udfff", ["a"], "query='.udfff': not valid Unicode"),
     ],
