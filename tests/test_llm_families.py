@@ -477,6 +477,27 @@ def test_sharded_checkpoints_load(tmp_path: Path) -> None:
         assert sharded.score("panda", ["hi", "a bear"]) == pytest.approx(whole.score("panda", ["hi", "a bear"]))
 
 
+@pytest.mark.parametrize("model", [DECODER, LAYERWISE], ids=["decoder", "layerwise"])
+def test_a_passage_without_a_token_of_its_own_does_not_get_its_neighbours_score(model: str, tmp_path: Path) -> None:
+    """A tokenizer may drop the separator; then nothing followed the shared query, and the row before was read."""
+    folder = Path(shutil.copytree(model, tmp_path / "model"))
+    said = json.loads((folder / "tokenizer.json").read_text())
+    said["normalizer"] = {"type": "Strip", "strip_left": True, "strip_right": True}
+    (folder / "tokenizer.json").write_text(json.dumps(said))
+    passages = ["a bear", "", "zebra", "\n"]
+    with Scorer(str(folder), prompt="", passage_instruction="") as scorer:
+        alone = [scorer.score("panda", [passage])[0] for passage in passages]
+        assert alone[0] != pytest.approx(alone[1], abs=1e-3)
+        assert scorer.score("panda", passages) == pytest.approx(alone, abs=1e-4)
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(config | {"bos_token": None}))
+    (folder / "special_tokens_map.json").unlink(missing_ok=True)
+    with Scorer(str(folder), prompt="", query_instruction="", passage_instruction="") as scorer:
+        assert len(scorer.score("", ["a"])) == 1
+        with pytest.raises(ValueError, match=r"^pair 1: query, passage and prompt have no token"):
+            scorer.score("", ["a", ""])
+
+
 def test_a_lora_adapter_on_a_decoder_is_merged(tmp_path: Path) -> None:
     from peft import LoraConfig, PeftModel, TaskType, get_peft_model
     from transformers import AutoModelForCausalLM

@@ -10,7 +10,7 @@ import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from .sequences import TokenSequence, cut, longest_pair, longest_query
+from .sequences import PairError, TokenSequence, cut, longest_pair, longest_query
 from .tokenizer import first_tokens, load_tokenizer
 from .windows import split_text
 from .words import Words
@@ -78,15 +78,19 @@ class Prompt:
         room = self.max_length - len(head)
         # The separator is cut with the passage: on the left it goes first, for long passages.
         prefix = len(head) + (min(room, len(self._separator)) if self._side == "right" else 0)
+        pairs = [
+            self._words.known([*head, *cut([*self._separator, *ids], room, self._side), *self._tail], index)
+            for index, ids in enumerate(passage_ids)
+        ]
+        if [] in pairs:
+            raise PairError(
+                pairs.index([]), "query, passage and prompt have no token, and nothing to read a score from"
+            )
+        prefix = min([prefix, *(len(ids) - 1 for ids in pairs)])  # the last token is each pair's own
         group = next(_groups)
         return [
-            TokenSequence(
-                self._words.known([*head, *cut([*self._separator, *ids], room, self._side), *self._tail], index),
-                prefix=prefix,
-                group=group,
-                truncated=len(self._separator) + len(ids) > room,
-            )
-            for index, ids in enumerate(passage_ids)
+            TokenSequence(pair, prefix=prefix, group=group, truncated=len(self._separator) + len(ids) > room)
+            for pair, ids in zip(pairs, passage_ids, strict=True)
         ]
 
     def windows(self, query: str, passage: str) -> list[str]:
