@@ -516,6 +516,30 @@ def test_a_lora_adapter_on_a_decoder_is_merged(tmp_path: Path) -> None:
         assert scorer.score("panda", ["hi"]) != pytest.approx([plain], abs=1e-2)
 
 
+def test_an_adapter_on_layers_above_the_cutoff_alone_changes_nothing_below(tmp_path: Path) -> None:
+    """peft found none of its layers, and the adapter was said not to fit."""
+    from peft import LoraConfig, get_peft_model
+
+    from bge_rerank_plugins.core.layerwise import LayerwiseModel, granite_config
+
+    model = LayerwiseModel.from_pretrained(
+        LAYERWISE, config=granite_config(json.loads((DATA / "layerwise" / "config.json").read_text()), 11)
+    )
+    options = {"r": 4, "init_lora_weights": False, "target_modules": ["q_proj"]}
+    get_peft_model(model, LoraConfig(layers_to_transform=[8, 9], **options)).save_pretrained(tmp_path)
+    adapted = {"peft_path": str(tmp_path)}
+    with (
+        Scorer(LAYERWISE, cutoff_layer=5, **adapted) as low,
+        Scorer(LAYERWISE, cutoff_layer=11, **adapted) as high,
+        Scorer(LAYERWISE, cutoff_layer=11) as plain,
+    ):
+        assert low.score("panda", ["hi"]) == pytest.approx(plain.score_layers("panda", ["hi"], [5])[5], abs=1e-5)
+        assert high.score("panda", ["hi"]) != pytest.approx(plain.score("panda", ["hi"]), abs=1e-3)
+        assert low.score_layers("panda", ["hi"], [11])[11] == pytest.approx(high.score("panda", ["hi"]), abs=1e-5)
+    with pytest.raises(ValueError, match="does not fit"):  # a model that has no such layers
+        Scorer(DECODER, **adapted).score("panda", ["hi"])
+
+
 @pytest.mark.parametrize(("cutoff_layer", "task_type"), [(5, "CAUSAL_LM"), (11, None)])
 def test_a_lora_adapter_on_a_layerwise_model_is_merged(
     tmp_path: Path, cutoff_layer: int, task_type: str | None

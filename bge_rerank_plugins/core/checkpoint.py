@@ -202,6 +202,11 @@ class Checkpoint:
             raise ValueError(
                 f"peft_path={self.peft_path!r}: peft_type={config.peft_type.value!r} cannot be merged, as LoRA can"
             )
+        if getattr(config, "layer_replication", None):
+            raise ValueError(
+                f"peft_path={self.peft_path!r}: layer_replication={config.layer_replication} cannot be merged: "
+                "layers would share their weights and not what is added to them"
+            )
         return dict(config.to_dict())
 
     @cached_property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import threading
 import warnings
 from collections.abc import Collection, Iterator
@@ -94,6 +95,8 @@ def _merge_adapter(checkpoint: Checkpoint, model: PreTrainedModel, peft_path: st
     from peft.utils import get_peft_model_state_dict
 
     names = _adapter_names(checkpoint)
+    if _is_above(checkpoint, model, names):
+        return model
     try:
         with alone_and_quiet(checkpoint.show_progress):
             adapted = PeftModel.from_pretrained(model, checkpoint.adapter_folder)
@@ -102,9 +105,23 @@ def _merge_adapter(checkpoint: Checkpoint, model: PreTrainedModel, peft_path: st
             # What the adapter has beyond that may belong to layers that are not loaded.
             if absent := expected - names:
                 raise ValueError(f"it lacks {_listed(absent)}; it has such as {min(names, default='none')}")
-            return adapted.merge_and_unload()
     except UNFIT as error:
         raise ValueError(f"peft_path={peft_path!r}: does not fit model={checkpoint.model!r}: {error}") from error
+    try:
+        with alone_and_quiet(checkpoint.show_progress):
+            return adapted.merge_and_unload()
+    except UNFIT as error:
+        kind = adapted.active_peft_config.peft_type.value
+        raise ValueError(
+            f"peft_path={peft_path!r}: peft cannot merge peft_type={kind!r} into model={checkpoint.model!r}: {error}"
+        ) from error
+
+
+def _is_above(checkpoint: Checkpoint, model: PreTrainedModel, names: Collection[str]) -> bool:
+    """Whether an adapter is for layers alone that the checkpoint has, and that are not loaded."""
+    there = range(model.config.num_hidden_layers, checkpoint.config.get("num_hidden_layers", 0))
+    layers = [re.search(r"\.layers\.(\d+)\.", name) for name in names]
+    return bool(layers) and all(found is not None and int(found[1]) in there for found in layers)
 
 
 def _adapter_keys(checkpoint: Checkpoint) -> set[str]:
