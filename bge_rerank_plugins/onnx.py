@@ -21,7 +21,7 @@ from tokenizers import Tokenizer
 from .core.hub import commit_of, model_file, needed_file
 from .core.pairs import PairEncoder, layout_of
 from .core.sequences import PairError, TokenSequence, counted_from, longest_pair
-from .core.words import Words
+from .core.words import Words, check_agreement
 from .lease import FORKED
 from .ranking import RankedPassage, check_cut, rank_scores, sigmoid
 from .settings import RerankSettings
@@ -329,7 +329,7 @@ def _tokenizer(settings: RerankSettings) -> tuple[Tokenizer, str]:
     """The tokenizer, its truncation and padding switched off, and the side on which it cuts a text that is too long.
 
     Raises:
-        ValueError: Its files cannot be read or used.
+        ValueError: Its files cannot be read or used, or they disagree.
     """
     file = needed_file(settings, "tokenizer.json")
     try:
@@ -340,7 +340,10 @@ def _tokenizer(settings: RerankSettings) -> tuple[Tokenizer, str]:
     tokenizer.no_truncation()
     tokenizer.no_padding()
     said = model_file(settings, "tokenizer_config.json")
-    side = side if said is None else _object(said, settings.model).get("truncation_side", side)
+    if said is not None:
+        options = _object(said, settings.model)
+        check_agreement(settings.model, options, tokenizer)
+        side = options.get("truncation_side", side)
     if side not in ("right", "left"):
         raise ValueError(f"model={settings.model!r}: truncation_side={side!r}: expected 'right' or 'left'")
     return tokenizer, side

@@ -18,6 +18,7 @@ from bge_rerank_plugins.core.checkpoint import Checkpoint
 from bge_rerank_plugins.core.prompt import PROMPT
 from bge_rerank_plugins.finetune import FinetuneSettings
 from bge_rerank_plugins.finetune.models import trainee_of
+from bge_rerank_plugins.onnx import OnnxScorer
 
 
 @pytest.fixture
@@ -426,6 +427,28 @@ def test_an_adapter_that_cannot_be_merged_is_refused(copied: Path, tmp_path: Pat
         Scorer(str(copied), peft_path=str(tmp_path / "p")).score("a", ["b"])
 
 
+def test_an_adapter_that_repeats_layers_is_refused(tmp_path: Path) -> None:
+    """Repeated layers share their weights, and peft added to them what belongs to every one of them: other scores."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    repeats = LoraConfig(task_type="CAUSAL_LM", layer_replication=[(0, 2), (1, 2)], target_modules=["q_proj"])
+    get_peft_model(AutoModelForCausalLM.from_pretrained(DATA / "decoder"), repeats).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"peft_path=.*: layer_replication=\[.*\] cannot be merged"):
+        Scorer(str(DATA / "decoder"), peft_path=str(tmp_path)).score("a", ["b"])
+
+
+def test_an_adapter_that_peft_cannot_merge_is_not_said_not_to_fit(copied: Path, tmp_path: Path) -> None:
+    from peft import IA3Config, get_peft_model
+    from transformers import AutoModelForSequenceClassification
+
+    model = AutoModelForSequenceClassification.from_pretrained(copied)
+    kind = IA3Config(task_type="SEQ_CLS", target_modules=["query", "value"], feedforward_modules=[])
+    get_peft_model(model, kind).save_pretrained(tmp_path / "p")
+    with pytest.raises(ValueError, match=r"peft_path=.*: peft cannot merge peft_type='IA3' into model="):
+        Scorer(str(copied), peft_path=str(tmp_path / "p")).score("a", ["b"])
+
+
 @pytest.mark.parametrize(
     ("older", "newer"),
     [
@@ -488,8 +511,30 @@ def test_tokenizer_files_that_disagree_are_refused(classifier_dirs: dict[str, st
     )
     with Scorer(str(folder)) as scorer:
         assert len(scorer.score("a", ["b"])) == 1
-    folder = changed(folder, tmp_path / "b", "tokenizer_config.json", do_lower_case=False)
-    assert "do_lower_case=False in tokenizer_config.json, and True in tokenizer.json" in refused(folder)
+    contradictions = {
+        "do_lower_case": (False, True),
+        "strip_accents": (False, None),
+        "tokenize_chinese_chars": (False, True),
+    }
+    for option, (said, done) in contradictions.items():
+        other = changed(folder, tmp_path / option, "tokenizer_config.json", **{option: said})
+        message = f"{option}={said} in tokenizer_config.json, and {done} in tokenizer.json"
+        assert message in refused(other)
+        with pytest.raises(ValueError, match=message), OnnxScorer(str(other)) as scorer:
+            scorer.score("a", ["b"])
+
+
+@pytest.mark.parametrize("said", [None, True])
+def test_tokenizer_files_that_say_the_same_in_other_words_are_taken(
+    said: object, classifier_dirs: dict[str, str], tmp_path: Path
+) -> None:
+    """Accents go with upper case, unless something is said of them."""
+    folder = changed(
+        classifier_dirs["bert"], tmp_path / "a", "tokenizer.json", normalizer={"type": "BertNormalizer", **NORMALIZER}
+    )
+    folder = changed(folder, tmp_path / "b", "tokenizer_config.json", strip_accents=said, do_lower_case=True)
+    with Scorer(str(folder)) as scorer:
+        assert len(scorer.score("a", ["b"])) == 1
 
 
 def test_a_template_without_special_tokens_is_refused(tmp_path: Path) -> None:
@@ -531,7 +576,9 @@ def test_a_first_token_of_the_tokenizers_class_that_the_special_tokens_map_confi
         assert scorer.score("panda", ["a bear"]) == whole.score("panda", ["a bear"])
 
 
-def test_a_vocabulary_is_read_by_the_class_that_is_named(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_vocabulary_is_read_by_the_class_that_is_named(
+    copied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """For Mistral, transformers 5 takes another by itself, whose tokens of the same file lack the space before a text."""
     from transformers import AutoTokenizer, LlamaTokenizer
 
@@ -547,6 +594,10 @@ def test_a_vocabulary_is_read_by_the_class_that_is_named(copied: Path, monkeypat
     ):
         (copied / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": named}))
         assert tokenizer._reads_vocabulary(Checkpoint(str(copied))) is kind
+    (copied / "tokenizer_config.json").write_text("{}")
+    for model_type, kind in (("llama", LlamaTokenizer), ("mistral", LlamaTokenizer), ("gemma", AutoTokenizer)):
+        folder = changed(copied, tmp_path / model_type, model_type=model_type)
+        assert tokenizer._reads_vocabulary(Checkpoint(str(folder))) is kind
     monkeypatch.setattr(tokenizer, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match="pip install sentencepiece protobuf"):
         Scorer(str(copied)).score("a", ["b"])

@@ -9,13 +9,18 @@ from typing import TYPE_CHECKING, Any
 
 import transformers
 from tokenizers import Tokenizer
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from .words import check_agreement
 
 if TYPE_CHECKING:
     from .checkpoint import Checkpoint
 
 # Without one of these, transformers makes up an empty tokenizer in silence.
 _VOCABULARIES = ("sentencepiece.bpe.model", "tokenizer.model", "spiece.model", "vocab.txt", "vocab.json")
+
+_OF_LLAMAS_BUILD = ("llama", "mistral")
+"""Models whose SentencePiece file transformers 5 reads without the space before a text, unless a class is named."""
 
 _BESIDE = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 
@@ -42,7 +47,7 @@ def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerFast:
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise ValueError(f"model={checkpoint.model!r}: its tokenizer is no fast tokenizer; add a tokenizer.json")
     backend: Tokenizer = tokenizer.backend_tokenizer
-    _check_agreement(checkpoint, tokenizer.init_kwargs, backend)
+    check_agreement(checkpoint.model, tokenizer.init_kwargs, backend)
     backend.no_truncation()
     backend.no_padding()
     return tokenizer
@@ -73,26 +78,16 @@ def _reads_vocabulary(checkpoint: Checkpoint) -> Any:
             "pip install sentencepiece protobuf"
         )
     # transformers 5 takes another than is named for some models, which makes other tokens of the same file.
-    return _named_class(checkpoint) or AutoTokenizer
+    named = _named_class(checkpoint)
+    if named is None and vocabulary == "tokenizer.model" and checkpoint.config.get("model_type") in _OF_LLAMAS_BUILD:
+        return LlamaTokenizer
+    return named or AutoTokenizer
 
 
 def _named_class(checkpoint: Checkpoint) -> type | None:
     """The class of transformers that tokenizer_config.json names, or None if that has no such one."""
     kind = getattr(transformers, str(checkpoint.tokenizer_config.get("tokenizer_class")).removesuffix("Fast"), None)
     return kind if isinstance(kind, type) and issubclass(kind, PreTrainedTokenizerBase) else None
-
-
-def _check_agreement(checkpoint: Checkpoint, said: dict[str, Any], backend: Tokenizer) -> None:
-    """Raises ValueError for a tokenizer_config.json that contradicts tokenizer.json: each is believed by somebody."""
-    for option, part, name in (
-        ("do_lower_case", backend.normalizer, "lowercase"),
-        ("add_prefix_space", backend.pre_tokenizer, "add_prefix_space"),
-    ):
-        is_so = getattr(part, name, None)
-        if option in said and is_so is not None and said[option] != is_so:
-            raise ValueError(
-                f"model={checkpoint.model!r}: {option}={said[option]} in tokenizer_config.json, and {is_so} in tokenizer.json"
-            )
 
 
 def _is_installed(package: str) -> bool:

@@ -1,6 +1,7 @@
 """Texts as token ids. Knows nothing of prompts, templates or torch."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from tokenizers import Tokenizer
 
@@ -46,3 +47,28 @@ class Words:
             )
             raise ValueError(why) if pair is None else PairError(pair, why)
         return ids
+
+
+def check_agreement(model: str, said: Mapping[str, Any], tokenizer: Tokenizer) -> None:
+    """Raises ValueError for a tokenizer_config.json that contradicts tokenizer.json: each is believed by somebody.
+
+    Args:
+        model: The checkpoint's name, for the message.
+        said: What tokenizer_config.json says.
+        tokenizer: What tokenizer.json makes.
+    """
+    for option, part, name in (
+        ("do_lower_case", tokenizer.normalizer, "lowercase"),
+        ("strip_accents", tokenizer.normalizer, "strip_accents"),
+        ("tokenize_chinese_chars", tokenizer.normalizer, "handle_chinese_chars"),
+        ("add_prefix_space", tokenizer.pre_tokenizer, "add_prefix_space"),
+    ):
+        if option not in said or not hasattr(part, name):
+            continue
+        means, does = said[option], getattr(part, name)
+        if name == "strip_accents":  # they go with upper case where nothing is said
+            means, does = (part.lowercase if value is None else value for value in (means, does))
+        if means != does:
+            raise ValueError(
+                f"model={model!r}: {option}={said[option]} in tokenizer_config.json, and {getattr(part, name)} in tokenizer.json"
+            )
