@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from .core.sequences import counted_from
+from .core.sequences import PairError, counted_from
 from .signals import asking
 from .terminal import bar_is_hidden
 
@@ -61,19 +61,35 @@ class Call:
         self._encoded = self._done = 0  # passages
         self._windows: deque[list[int]] = deque()
         self._keys: deque[list[bytes]] = deque()
-        self._scores: dict[bytes, Any] | None = {} if pairs < math.inf else None
+        self._streams = pairs == math.inf
+        self._scores: dict[bytes, Any] | None = None if self._streams else {}
         self._pending: deque[Future[list[Any]]] = deque()
         self._pairs_pending = 0
         self._admitted = False
 
     def scored(self, requests: Iterable[tuple[str, Sequence[str]]]) -> Iterator[list[Any]]:
-        """Raw scores chunk by chunk, in order. Tokenising runs ahead of the device, by a bounded number of pairs."""
+        """Raw scores chunk by chunk, in order. Tokenising runs ahead of the device, by a bounded number of pairs.
+
+        Of a stream, what comes before a pair that is refused is yielded before the error is raised.
+        """
+        refused = None
         for query, chunk in _chunks_of(requests):
-            self._submit(self._encode(query, chunk))
+            try:
+                sequences = self._encode(query, chunk)
+            except PairError as error:
+                if not self._streams:
+                    raise
+                refused = error
+                sequences = self._encode(query, chunk[: error.index - self._encoded])
+            self._submit(sequences)
             while self._is_far_ahead:
                 yield self._oldest()
+            if refused is not None:
+                break
         while self._pending:
             yield self._oldest()
+        if refused is not None:
+            raise refused
 
     async def ascored(self, requests: Iterable[tuple[str, Sequence[str]]], turns: Turns) -> AsyncIterator[list[Any]]:
         """`scored` without blocking the event loop, whose `turns` tokenise."""
@@ -87,10 +103,11 @@ class Call:
     def _encode(self, query: str, passages: Sequence[str]) -> list[TokenSequence]:
         """Token ids of a chunk, long passages in windows if they are to be split."""
         parts = [self._family.windows(query, passage) if self._split else [passage] for passage in passages]
-        self._windows.append([len(windows) for windows in parts])
-        with counted_from(self._encoded, self._windows[-1]):
+        counts = [len(windows) for windows in parts]
+        with counted_from(self._encoded, counts):
             sequences = self._family.encode(query, [window for windows in parts for window in windows])
         self._encoded += len(passages)
+        self._windows.append(counts)
         if self._scores is not None:
             self._keys.append([sequence.key for sequence in sequences])
         return sequences

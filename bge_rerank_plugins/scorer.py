@@ -248,7 +248,8 @@ class Scorer:
         """Scores any number of (query, passage) pairs in bounded memory.
 
         Pairs are drawn from the iterator, and tokenised, some thousands ahead of the scores that are yielded. Scores of the
-        pairs before one that is no pair of strings, or at which the iterator fails, are yielded before the error is raised.
+        pairs before one that is no pair of strings or cannot be tokenised, or at which the iterator fails, are yielded before the
+        error is raised.
 
         Args:
             pairs: The pairs; those that follow each other with the same query are scored together.

@@ -5,7 +5,7 @@ import pickle
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import onnx
 import pytest
@@ -123,6 +123,26 @@ def test_a_passage_of_several_requests_is_named_by_both_places(broken: tuple[Any
 
 async def ascored_batch(scorer: Scorer, requests: list[tuple[str, list[str]]]) -> list[list[float]]:
     return await scorer.ascore_batch(requests)
+
+
+@pytest.mark.parametrize("place", [0, 31, 32, 45])
+@pytest.mark.parametrize("split", ["truncate", "split"])
+def test_a_stream_yields_what_comes_before_a_pair_that_cannot_be_tokenised(
+    place: int, split: Literal["truncate", "split"], tmp_path: Path
+) -> None:
+    with Scorer(str(with_a_token_more(ENCODER, tmp_path / "model")), long_passages=split) as scorer:
+        passages = passages_with("bear", -1) * 2
+        expected = scorer.score("panda", passages)[:place]
+        passages[place] = "a <weird> bear"
+        scores = []
+
+        def draw() -> None:
+            for score in scorer.score_stream(("panda", passage) for passage in passages):
+                scores.append(score)  # noqa: PERF402 - one by one, to have those before the error
+
+        with pytest.raises(ValueError, match=rf"^pair {place}: '<weird>' cannot be scored"):
+            draw()
+    assert scores == pytest.approx(expected, abs=1e-4)
 
 
 def test_the_error_travels_between_processes(broken: tuple[Any, str, str]) -> None:
