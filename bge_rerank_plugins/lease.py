@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary, WeakSet
 
 from .signals import asking, is_asking
-from .turns import Turns
+from .turns import Turns, in_thread
 
 if TYPE_CHECKING:
     from .core.engine import Engine
@@ -92,8 +92,7 @@ class Lease:
 
     async def aloaded(self) -> tuple[Engine, Family]:
         """`loaded` without blocking: the first call imports torch, which takes seconds."""
-        loop = asyncio.get_running_loop()
-        engine = await loop.run_in_executor(None, self.acquired) if self.engine is None else self.acquired()
+        engine = await in_thread(self.acquired) if self.engine is None else self.acquired()
         with asking():
             loaded = engine.loaded
             if loaded.done() and loaded.exception() is None:  # the usual case, and a thousand may come at once
@@ -101,11 +100,11 @@ class Lease:
             waiting = asyncio.wrap_future(loaded)
         # Who has stopped waiting does not ask it: else asyncio would report an error that nobody heard of, for each of them.
         waiting.add_done_callback(lambda done: done.cancelled() or done.exception())
+        await asyncio.wait([waiting])  # whoever stops waiting must not cancel the load for everybody else
         try:
-            # Shielded: whoever stops waiting must not cancel the load for everybody else.
-            return engine, await asyncio.shield(waiting)
+            return engine, waiting.result()
         except Exception:
-            await loop.run_in_executor(None, self._give_up, engine)
+            await in_thread(self._give_up, engine)
             raise
 
     def turns(self, engine: Engine) -> Turns:

@@ -10,6 +10,7 @@ import asyncio
 import weakref
 from collections.abc import Callable
 from contextlib import suppress
+from contextvars import copy_context
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from .signals import asking
@@ -26,7 +27,7 @@ RETURNED_AT_ONCE = 16
 
 
 async def in_thread(function: Callable[..., _T], *arguments: Any) -> _T:
-    """What a function returns, run in a thread of the event loop's pool.
+    """What a function returns, run in a thread of the event loop's pool, or by the loop where Python has stopped all pools.
 
     Raises:
         RuntimeError: It raised StopIteration, which no future can hold: who awaits `asyncio.to_thread` would wait for ever.
@@ -38,7 +39,12 @@ async def in_thread(function: Callable[..., _T], *arguments: Any) -> _T:
         except StopIteration as error:
             raise RuntimeError(f"{function!r:.80} raised StopIteration") from error
 
-    return await asyncio.to_thread(called)
+    context = copy_context()
+    try:
+        running = asyncio.get_running_loop().run_in_executor(None, lambda: context.run(called))
+    except RuntimeError:  # the main thread has ended
+        return called()
+    return await running
 
 
 class _Waiting(list[tuple[Callable[[], Any], "asyncio.Future[Any]"]]):

@@ -335,14 +335,28 @@ def test_who_may_not_wait_does_not_pass_those_who_were_let_in_before() -> None:
     queue = Schedule()
     room = Room(100, queue)
     assert room.enter(request(60), may_wait=False)
-    rest = request(60)
-    assert room.enter(rest, may_wait=True)
+    first, second = request(50), request(50)
+    assert room.enter(first, may_wait=True)
+    assert room.enter(second, may_wait=True)
+    for _ in range(5):  # as much as the first of them has itself
+        passing = request(10)
+        assert room.enter(passing, may_wait=False)
+        passing.future.cancel()  # there is room again
     assert not room.enter(request(10), may_wait=False)
-    assert "120 tokens wait already, and max_queued_tokens=100 leaves no room for 10 more: " in room.refusal(
-        request(10)
-    )
-    rest.future.cancel()  # nobody waits for it any more
+    assert "160 tokens wait already, and max_queued_tokens=100 leaves no" in room.refusal(request(10))
+    first.future.cancel()  # nobody waits for it any more
     assert room.enter(request(10), may_wait=False)
+
+
+def test_a_long_call_that_was_let_in_does_not_keep_short_ones_out(encoder_dir: str) -> None:
+    """All that was refused while the rest of it waited was most of what came."""
+    with Scorer(encoder_dir, max_queued_tokens=4000, max_batch_tokens=512, when_full="error") as scorer:
+        stream = scorer.score_stream(("long", "panda " * 10) for _ in range(640))
+        drawn = 0
+        for drawn, _ in enumerate(stream, start=1):
+            if drawn % 64 == 0:
+                assert len(scorer.score("short", ["a bear"])) == 1
+        assert drawn == 640
 
 
 def test_who_alone_is_more_than_may_wait_is_told_so() -> None:
@@ -653,16 +667,20 @@ def test_tasks_are_served_after_the_main_thread_has_ended(encoder_dir: str) -> N
     program = f"""
 import asyncio, threading, time
 from bge_rerank_plugins import Scorer
-scorer = Scorer({encoder_dir!r})
+class Own(Scorer):
+    def score(self, query, passages):
+        return [1.0] * len(passages)
+scorer, own = Scorer({encoder_dir!r}), Own({encoder_dir!r})
 scorer.warmup()
 async def serve():
     while threading.main_thread().is_alive():
         await asyncio.sleep(0.01)
     time.sleep(0.2)
     print(await scorer.ascore("panda", ["a bear"]) == scorer.score("panda", ["a bear"]))
+    print(await own.ascore("panda", ["a bear"]))
 threading.Thread(target=lambda: asyncio.run(serve())).start()
 """
-    assert printed_by(program) == "True\n"
+    assert printed_by(program) == "True\n[1.0]\n"
 
 
 # The soak test

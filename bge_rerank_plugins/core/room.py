@@ -27,13 +27,15 @@ class Room:
         self._queue = queue
         self._outside: deque[Request] = deque()
         self._untold: deque[Request] = deque()
+        self._passed_by, self._tokens_passed = -1, 0  # the first who waits, by its arrival
 
     def enter(self, request: Request, *, may_wait: bool) -> bool:
         """Puts a request into the queue, or has it wait for room behind those that came before it.
 
         Args:
             request: The request.
-            may_wait: Whether it may wait; else it is left out if it would have to.
+            may_wait: Whether it may wait; else it passes those that do, until as many tokens have passed the first of them as it
+                has itself, and from then on is left out.
 
         Returns:
             Whether it is in the queue, or will be.
@@ -42,7 +44,7 @@ class Room:
             self._outside.append(request)
             self.let_in()
             return True
-        if self._others_wait or not self._has_room_for(request):
+        if not self._has_room_for(request) or not self._may_pass(request):
             return False
         self._add(request)
         return True
@@ -75,9 +77,17 @@ class Room:
             with suppress(IndexError):  # another thread tells the last one
                 self._untold.popleft().has_entered()
 
-    @property
-    def _others_wait(self) -> bool:
-        return any(not request.finished for request in self._outside)
+    def _may_pass(self, request: Request) -> bool:
+        """Whether those who wait are passed by it; the first of them waits for twice its own tokens at most, and one request."""
+        first = next((each for each in self._outside if not each.finished), None)
+        if first is None:
+            return True
+        if self._passed_by != first.arrival:
+            self._passed_by, self._tokens_passed = first.arrival, 0
+        if self._tokens_passed >= first.tokens_left:
+            return False
+        self._tokens_passed += request.tokens_left
+        return True
 
     def _has_room_for(self, request: Request) -> bool:
         """Where nothing waits there is room for any request."""
