@@ -23,7 +23,6 @@ from bge_rerank_plugins import RerankSettings, Scorer
 from bge_rerank_plugins.evaluation import JudgedSet, bm25_run, encoder_run, evaluate
 from bge_rerank_plugins.evaluation import report as report_module
 from bge_rerank_plugins.evaluation.command import first_stage
-from bge_rerank_plugins.evaluation.inputs import Run
 from bge_rerank_plugins.evaluation.measures import (
     measure,
     p_value,
@@ -352,6 +351,18 @@ def test_numbers_and_lists_may_be_numpys(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("data", "found", "message"),
     [
+        (THREE, {"q1": {"a": 0.1, "b": 0.9}}, "candidates: {'a': 0.1, 'b': 0.9} for query 'q1': expected a list"),
+        (THREE, {"q1": {"a"}}, "candidates: {'a'} for query 'q1': expected a list"),
+        (THREE, {"q1": "ab"}, "candidates: 'ab' for query 'q1': expected a list"),
+        (THREE, {"q1": None}, "candidates: None for query 'q1': expected a list"),
+        (replace(THREE, queries={1: "Q1"}), FOUND, "queries: the id 1: expected a string"),  # type: ignore[dict-item]
+        (replace(THREE, qrels={**THREE.qrels, "q1": ["a"]}), FOUND, r"qrels: \['a'\] for query 'q1': expected the"),  # type: ignore[dict-item]
+        (replace(THREE, qrels={**THREE.qrels, "q1": {1: 1}}), FOUND, "qrels: the id of passage 1 for query 'q1'"),  # type: ignore[dict-item]
+        (
+            replace(THREE, qrels={**THREE.qrels, "q1": {"a": 2**31}}),
+            FOUND,
+            "qrels: relevance 2147483648 of passage 'a' for query 'q1': expected a whole number up to 999999999",
+        ),
         (THREE, {"q1": ["a", "nope"]}, "candidates: passage 'nope' of query 'q1' is not among the passages"),
         (THREE, {"q1": ["a", "b", "a"]}, "candidates: passage 'a' is named twice for query 'q1'"),
         (replace(THREE, queries={"q9": "Q9"}), FOUND, "qrels: query 'q9' is not judged"),
@@ -362,7 +373,7 @@ def test_numbers_and_lists_may_be_numpys(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_what_is_wrong_with_what_was_given_is_named(data: JudgedSet, found: Run, message: str) -> None:
+def test_what_is_wrong_with_what_was_given_is_named(data: JudgedSet, found: Any, message: str) -> None:
     table = Table(A=1, B=3, C=1)
     with pytest.raises(InputError, match=message):
         evaluate(data, found, {"table": table})

@@ -18,6 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from ..jsonl import InputError, check_text, check_texts, json_kind, read_lines
+from ..texts import in_order
+
+LARGEST_RELEVANCE = 10**9 - 1
+"""What pytrec_eval takes memory for every grade below."""
 
 Run = dict[str, list[str]]
 """For each query the ids of what was found, best first."""
@@ -60,13 +64,24 @@ class JudgedSet:
         """
         qrels: dict[str, dict[str, int]] = {}
         for query in self.queries:
+            if not isinstance(query, str):
+                raise InputError(f"queries: the id {query!r}: expected a string")
             if query not in self.qrels:
                 raise InputError(f"qrels: query {query!r} is not judged; leave it out of queries, or judge it {{}}")
-            for passage, relevance in self.qrels[query].items():
-                if not isinstance(relevance, Integral):
-                    where = f"of passage {passage!r} for query {query!r}"
-                    raise InputError(f"qrels: relevance {relevance!r} {where}: expected a whole number")
-            qrels[query] = {passage: int(relevance) for passage, relevance in self.qrels[query].items()}
+            judged = self.qrels[query]
+            if not isinstance(judged, Mapping):
+                raise InputError(
+                    f"qrels: {judged!r:.80} for query {query!r}: expected the relevance of passages by their ids"
+                )
+            for passage, relevance in judged.items():
+                where = f"of passage {passage!r} for query {query!r}"
+                if not isinstance(passage, str):
+                    raise InputError(f"qrels: the id {where}: expected a string")
+                if not isinstance(relevance, Integral) or abs(relevance) > LARGEST_RELEVANCE:
+                    raise InputError(
+                        f"qrels: relevance {relevance!r} {where}: expected a whole number up to {LARGEST_RELEVANCE}"
+                    )
+            qrels[query] = {passage: int(relevance) for passage, relevance in judged.items()}
         return replace(self, qrels=qrels)
 
     @property
@@ -186,11 +201,16 @@ def checked_run(run: Mapping[str, Iterable[str]], data: JudgedSet) -> Run:
     """The run of a set's queries, as lists.
 
     Raises:
-        InputError: A passage that is not in the set, or that is named twice for a query.
+        InputError: What has no order, a passage that is not in the set, or one that is named twice for a query.
     """
     checked: Run = {}
     for query in data.queries:
-        checked[query] = list(run.get(query, []))
+        found = run.get(query, [])
+        if not in_order(found):
+            raise InputError(
+                f"candidates: {found!r:.80} for query {query!r}: expected a list of passages' ids, best first"
+            )
+        checked[query] = list(found)
         for passage, count in Counter(checked[query]).items():
             if passage not in data.passages:
                 raise InputError(f"candidates: passage {passage!r} of query {query!r} is not among the passages")
@@ -280,7 +300,7 @@ def _rows(path: str | Path, counts: tuple[int, ...], expected: str) -> Iterator[
 
 
 def _is_whole(text: str) -> bool:
-    return re.fullmatch(r"[+-]?\d{1,9}", text, re.ASCII) is not None
+    return re.fullmatch(r"[+-]?\d{1,9}", text, re.ASCII) is not None  # up to LARGEST_RELEVANCE
 
 
 def _number(text: str, place: str) -> float:
