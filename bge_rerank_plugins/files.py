@@ -6,8 +6,11 @@ import os
 import shutil
 import stat
 import sys
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from glob import escape
+from hashlib import sha256
 from pathlib import Path
 from secrets import token_hex
 from typing import BinaryIO
@@ -77,7 +80,9 @@ def whole(path: Path) -> Iterator[BinaryIO]:
         return
     path = path.resolve()
     # With the whole name in it, its name could be longer than a name may be; and another process may write to the same path.
-    part = path.with_name(f".{path.name[:32]}.{token_hex(8)}.part")
+    stem = f".{path.name[:32]}.{sha256(os.fsencode(path.name)).hexdigest()[:16]}"
+    part = path.with_name(f"{stem}.{token_hex(8)}.part")
+    _remove_what_was_left(path.parent, stem)
     try:
         with part.open("xb") as sink:
             if path.exists():
@@ -86,6 +91,14 @@ def whole(path: Path) -> Iterator[BinaryIO]:
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def _remove_what_was_left(folder: Path, stem: str) -> None:
+    """Removes parts that processes left which were killed: nobody has written to them for a day."""
+    for part in folder.glob(f"{escape(stem)}.*.part"):
+        with suppress(OSError):  # another process removes it
+            if part.stat().st_mtime < time.time() - 24 * 3600:
+                part.unlink()
 
 
 def _is_written_directly(path: Path) -> bool:

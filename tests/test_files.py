@@ -3,6 +3,7 @@
 import os
 import stat
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -100,6 +101,23 @@ def test_two_who_write_one_file_leave_one_of_both(tmp_path: Path) -> None:
         first.write(b" and ended")
     assert path.read_bytes() == b"first, begun and ended"
     assert [each.name for each in tmp_path.iterdir()] == ["out"]
+
+
+def test_what_killed_processes_left_is_removed_after_a_day(tmp_path: Path) -> None:
+    path, other = tmp_path / "out[1]", tmp_path / "out[2]"
+    with whole(path) as sink:
+        (part,) = tmp_path.iterdir()
+        sink.write(b"new")
+    left = [part.with_name(part.name[: -len("0.part")] + f"{name}.part") for name in ("old", "new")]
+    for each in left:
+        each.write_bytes(b"half")
+    os.utime(left[0], (time.time() - 25 * 3600,) * 2)
+    with whole(other) as sink:
+        sink.write(b"another")
+    assert left[0].exists()
+    with whole(path) as sink:
+        sink.write(b"newer")
+    assert {each.name for each in tmp_path.iterdir()} == {path.name, other.name, left[1].name}
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows limits the whole path")
