@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import DATA
+from conftest import DATA, with_a_token_more
 from finetune_data import toy_lines, write_lines
 from hub import Hub, put_into_cache
 from hypothesis import given
@@ -531,6 +531,16 @@ def test_a_teachers_scores_are_written_and_learned_from(tmp_path: Path) -> None:
             first, second = student.rank(line["query"], passages, top_n=2)
             assert first.index == 0
             assert "tiger" in passages[second.index]
+
+
+def test_what_a_teacher_cannot_score_is_named_by_its_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = with_a_token_more(DATA / "encoder", tmp_path / "model")
+    lines = [{"query": f"number {number}", "pos": ["a"], "neg": ["b", "c"]} for number in range(100)]
+    lines[90] = {"query": "which", "pos": ["a"], "neg": ["b", "a <weird> c"]}
+    data = write_lines(tmp_path / "data.jsonl", lines)
+    assert main(["distill", data, "--model", str(model), "--output", str(tmp_path / "out")]) == 2
+    assert "the line with the query 'which': \"neg\"[1]: '<weird>' cannot be scored" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_lines_are_not_scored_with_another_prompt_than_they_have(

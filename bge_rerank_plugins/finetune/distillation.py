@@ -10,11 +10,14 @@ from ..core.checkpoint import Checkpoint
 from ..core.encoder import Encoder
 from ..core.families import family_of
 from ..core.prompt import PROMPT
+from ..core.sequences import PairError
 from ..jsonl import InputError
 from ..scorer import Scorer
 from ..settings import RerankSettings
 
 LINES_AT_ONCE = 64
+
+KEYS = ("pos", "neg")
 
 
 def distill(records: Iterable[dict[str, Any]], teacher: Scorer) -> Iterator[dict[str, Any]]:
@@ -28,15 +31,25 @@ def distill(records: Iterable[dict[str, Any]], teacher: Scorer) -> Iterator[dict
         Copies of the lines with "pos_scores" and "neg_scores".
 
     Raises:
-        InputError: A line has another "prompt" than the teacher.
+        InputError: A line has another "prompt" than the teacher, or a passage that cannot be scored.
     """
     remaining = iter(records)
     while part := list(itertools.islice(remaining, LINES_AT_ONCE)):
         check_prompts(part, teacher.settings)
-        requests = [(record["query"], [*record["pos"], *record["neg"]]) for record in part]
-        for record, scores in zip(part, teacher.score_batch(requests), strict=True):
-            positives = len(record["pos"])
-            yield {**record, "pos_scores": scores[:positives], "neg_scores": scores[positives:]}
+        pairs = [(record["query"], text) for record in part for key in KEYS for text in record[key]]
+        try:
+            scores = iter(teacher.score_pairs(pairs))
+        except PairError as error:
+            raise _of_its_line(error, part) from error
+        for record in part:
+            yield {**record, **{f"{key}_scores": [next(scores) for _ in record[key]] for key in KEYS}}
+
+
+def _of_its_line(error: PairError, records: Iterable[dict[str, Any]]) -> InputError:
+    """What to say of a pair that cannot be scored, by its query and its place on the line."""
+    places = [(record["query"], key, index) for record in records for key in KEYS for index in range(len(record[key]))]
+    query, key, index = places[error.index]
+    return InputError(f'the line with the query {query!r:.80}: "{key}"[{index}]: {error.why}')
 
 
 def check_prompts(records: Iterable[dict[str, Any]], settings: RerankSettings) -> None:
