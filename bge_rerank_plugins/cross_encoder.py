@@ -15,7 +15,7 @@ from .identity import asked_options, digest, local_files
 from .ranking import check_cut, rank_scores
 from .scorer import Scorer
 from .settings import RerankSettings
-from .texts import checked_texts, in_order
+from .texts import check_pairs, checked_texts, in_order
 
 _NO_EXPERIMENT = ("model", "revision", "cutoff_layer", "max_batch_tokens")
 """Options that mteb hears of by the model's name and revision, and one that changes the time alone."""
@@ -113,6 +113,7 @@ class ScorerCrossEncoder:
                 raise ValueError("inputs=None: give pairs, or both inputs1 and inputs2")
             pairs = list(zip(_texts(inputs1), _texts(inputs2), strict=True))
         else:
+            check_pairs(inputs)
             single = in_order(inputs) and len(inputs) == 2 and all(isinstance(text, str) for text in inputs)
             rows: Iterable[Any] = [inputs] if single else inputs
             # Rows of arrays are pairs as well. Strings and dicts are none, though tuples can be made of them.

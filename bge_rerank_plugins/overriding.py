@@ -5,11 +5,12 @@ Knows nothing of models or frameworks.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from .call import ENCODE_AT_ONCE
-from .texts import checked_requests, requests_of_pairs, stream_of_requests
+from .core.sequences import counted_from
+from .texts import checked_requests, naming_requests, requests_of_pairs, stream_of_requests
 from .turns import in_thread
 
 
@@ -37,11 +38,13 @@ class _ByScore:
 
     def score_pairs(self, pairs: Iterable[tuple[str, str]]) -> list[float]:
         """Scores (query, passage) pairs, those that follow each other with the same query in one call."""
-        return [score for request in requests_of_pairs(pairs) for score in self.score(*request)]
+        return [score for scores in _each_scored(self.score, requests_of_pairs(pairs)) for score in scores]
 
     def score_batch(self, requests: Iterable[tuple[str, Sequence[str]]]) -> list[list[float]]:
         """Scores several queries, each with its passages."""
-        return [list(self.score(*request)) for request in checked_requests(requests)]
+        checked = checked_requests(requests)
+        with naming_requests(checked):
+            return [list(scores) for scores in _each_scored(self.score, checked)]
 
     async def ascore_batch(self, requests: Iterable[tuple[str, Sequence[str]]]) -> list[list[float]]:
         """`score_batch` in a thread."""
@@ -49,5 +52,17 @@ class _ByScore:
 
     def score_stream(self, pairs: Iterable[tuple[str, str]]) -> Iterator[float]:
         """Scores any number of pairs, as they are drawn."""
-        for request in stream_of_requests(pairs, ENCODE_AT_ONCE):
-            yield from self.score(*request)
+        for scores in _each_scored(self.score, stream_of_requests(pairs, ENCODE_AT_ONCE)):
+            yield from scores
+
+
+def _each_scored(
+    score: Callable[[str, Sequence[str]], Iterable[float]], requests: Iterable[tuple[str, Sequence[str]]]
+) -> Iterator[Iterable[float]]:
+    """The scores of each request; what is wrong with one pair counts from the first request."""
+    before = 0
+    for query, passages in requests:
+        with counted_from(before):
+            scores = score(query, passages)
+        before += len(passages)
+        yield scores

@@ -29,9 +29,7 @@ def checked_texts(query: str, passages: Iterable[str]) -> list[str]:
 
 def in_order(texts: object) -> bool:
     """Whether these are several, in an order: a dictionary and a table have keys, a set no order, and a string is one."""
-    one_by_one = (
-        isinstance(texts, Iterable) and getattr(texts, "ndim", 1) == 1
-    )  # a table's elements are its columns' names
+    one_by_one = isinstance(texts, Iterable) and getattr(texts, "ndim", 1) == 1 and not _is_table(texts)
     return one_by_one and (isinstance(texts, KeysView) or not isinstance(texts, (str, bytes, Mapping, Set)))
 
 
@@ -110,8 +108,7 @@ def stream_of_requests(pairs: Iterable[tuple[str, str]], longest: int | None = N
 
     The request before a pair that is refused, or that fails to come, is yielded before the error is raised.
     """
-    if not isinstance(pairs, Iterable):
-        raise ValueError(f"pairs={_shown(pairs)}: expected a list of (query, passage)")
+    check_pairs(pairs)
     query, passages = "", list[str]()
     try:
         for index, pair in enumerate(pairs):
@@ -127,6 +124,17 @@ def stream_of_requests(pairs: Iterable[tuple[str, str]], longest: int | None = N
         raise
     if passages:
         yield query, passages
+
+
+def check_pairs(pairs: object) -> None:
+    """Raises ValueError for what holds no pairs, one after the other."""
+    if not isinstance(pairs, Iterable) or getattr(pairs, "ndim", 1) == 0 or _is_table(pairs):
+        raise ValueError(f"pairs={_shown(pairs)}: expected a list of (query, passage)")
+
+
+def _is_table(value: object) -> bool:
+    """Whether its elements would be its columns, or their names."""
+    return hasattr(value, "columns")
 
 
 def _check_pair(pair: object, index: int) -> None:

@@ -91,9 +91,16 @@ def test_pairs_that_are_none_are_refused(model: ScorerCrossEncoder) -> None:
 def test_rows_of_tables_are_no_pairs_of_their_columns_names(model: ScorerCrossEncoder) -> None:
     row = {"query": QUERY, "passage": "hi"}
     table = pd.DataFrame([row, row])
-    for inputs in ([row, row], row, table, Dataset.from_list([row, row]), [{QUERY, "hi"}]):
+    with pytest.raises(ValueError, match=r"pairs=.*expected a list of \(query, passage\)"):
+        model.predict(table)  # type: ignore[arg-type]
+    for inputs in ([row, row], row, Dataset.from_list([row, row]), [{QUERY, "hi"}]):
         with pytest.raises(ValueError, match=r"pairs\[0\]=.*expected \(query, passage\)"):
             model.predict(inputs)  # type: ignore[arg-type]
+    columns = pd.DataFrame([[QUERY, "hi"]] * 2, columns=pd.MultiIndex.from_tuples([("a", "b"), ("c", "d")]))
+    for inputs in (columns, np.array("x")):
+        for ask in (model.predict, model.scorer.score_pairs):
+            with pytest.raises(ValueError, match=r"pairs=.*expected a list of \(query, passage\)"):
+                ask(inputs)  # type: ignore[arg-type]
     assert model.predict(table.to_numpy()) == pytest.approx(model.predict([(QUERY, "hi")] * 2), abs=1e-5)
 
 

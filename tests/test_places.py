@@ -26,6 +26,13 @@ PASSAGES = [f"a bear of {number}" for number in range(40)]
 OTHERS = ["a", "b", "c"]
 
 
+class Inherited(Scorer):
+    """One whose other methods follow its own `score`."""
+
+    def score(self, query: str, passages: Sequence[str]) -> list[float]:
+        return super().score(query, passages)
+
+
 def without_numbers(folder: Path) -> str:
     """A copy of the encoder that cannot score passages with `WORD`."""
     shutil.copytree(ENCODER, folder)
@@ -59,6 +66,7 @@ NO_TOKEN = ("<weird>", "'<weird>' cannot be scored")
 MAKERS: dict[str, tuple[Callable[[Path], str], Callable[[str], Any], tuple[str, str]]] = {
     "not a number": (without_numbers, Scorer, NO_NUMBER),
     "not a number, in windows": (without_numbers, lambda model: Scorer(model, long_passages="split"), NO_NUMBER),
+    "not a number, by a subclass": (without_numbers, lambda model: Inherited(model), NO_NUMBER),
     "an unknown token": (lambda folder: str(with_a_token_more(ENCODER, folder)), Scorer, NO_TOKEN),
     "not a number, by a graph": (graph_without_numbers, OnnxScorer, NO_NUMBER),
     "an unknown token, by a graph": (graph_with_a_token_more, OnnxScorer, NO_TOKEN),
