@@ -19,7 +19,7 @@ from weakref import WeakSet
 from tokenizers import Tokenizer
 
 from .core.hub import commit_of, model_file, needed_file
-from .core.pairs import PairEncoder, layout_of
+from .core.pairs import PairEncoder, layout_as_said, layout_of
 from .core.sequences import PairError, TokenSequence, counted_from, longest_pair
 from .core.words import Words, check_agreement
 from .lease import FORKED
@@ -291,7 +291,8 @@ def _load(settings: RerankSettings, file: str) -> _Graph:
     layout = layout_of(config.get("model_type"), settings.model, config.get("type_vocab_size"))
     pad = config.get("pad_token_id", 1 if layout.skips_padding else 0)  # the defaults of transformers' classes
     padding = int(pad or 0)
-    tokenizer, side = _tokenizer(settings)
+    tokenizer, side, said = _tokenizer(settings)
+    layout = layout_as_said(layout, said)
     if config.get("max_position_embeddings") is None:
         raise ValueError(f"model={settings.model!r}: its config.json names no max_position_embeddings")
     positions = config["max_position_embeddings"] - layout.first_position(pad, settings.model)
@@ -325,8 +326,8 @@ def _config(settings: RerankSettings) -> dict[str, Any]:
     return config
 
 
-def _tokenizer(settings: RerankSettings) -> tuple[Tokenizer, str]:
-    """The tokenizer, its truncation and padding switched off, and the side on which it cuts a text that is too long.
+def _tokenizer(settings: RerankSettings) -> tuple[Tokenizer, str, dict[str, Any]]:
+    """The tokenizer, its truncation and padding switched off, the side on which it cuts a text, and its tokenizer_config.json.
 
     Raises:
         ValueError: Its files cannot be read or used, or they disagree.
@@ -339,14 +340,13 @@ def _tokenizer(settings: RerankSettings) -> tuple[Tokenizer, str]:
     side = (tokenizer.truncation or {}).get("direction", "right")  # as transformers has it where nothing else is said
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    said = model_file(settings, "tokenizer_config.json")
-    if said is not None:
-        options = _object(said, settings.model)
-        check_agreement(settings.model, options, tokenizer)
-        side = options.get("truncation_side", side)
+    file_beside = model_file(settings, "tokenizer_config.json")
+    said = {} if file_beside is None else _object(file_beside, settings.model)
+    check_agreement(settings.model, said, tokenizer)
+    side = said.get("truncation_side", side)
     if side not in ("right", "left"):
         raise ValueError(f"model={settings.model!r}: truncation_side={side!r}: expected 'right' or 'left'")
-    return tokenizer, side
+    return tokenizer, side, said
 
 
 def _object(file: Path, model: str) -> dict[str, Any]:

@@ -338,7 +338,7 @@ class Scorer:
             raise ValueError(f"cutoff_layers={cutoff_layers}: {self._settings.model!r} is no layerwise checkpoint")
         from .core.layerwise import check_layers
 
-        check_layers(cutoff_layers, family.layers)
+        check_layers(cutoff_layers, family.layers, "cutoff_layers")
         return tuple(dict.fromkeys(cutoff_layers))
 
     def _raw_scores(

@@ -12,10 +12,11 @@ from conftest import DATA, with_a_token_more
 from hub import Hub, put_into_cache
 from transformers import PreTrainedTokenizerFast
 
-from bge_rerank_plugins import Scorer
+from bge_rerank_plugins import RerankSettings, Scorer
 from bge_rerank_plugins.core import tokenizer
 from bge_rerank_plugins.core.checkpoint import Checkpoint
 from bge_rerank_plugins.core.prompt import PROMPT
+from bge_rerank_plugins.export import export_onnx
 from bge_rerank_plugins.finetune import FinetuneSettings
 from bge_rerank_plugins.finetune.models import trainee_of
 from bge_rerank_plugins.onnx import OnnxScorer
@@ -394,6 +395,19 @@ def changed(model: str | Path, folder: Path, file: str = "config.json", **change
             {"vocab_size": 99},
             "word_embeddings.weight has the shape (1500, 48), and by config.json it has (99, 48)",
         ),
+        ("layerwise", {"attention_bias": None}, "its config.json cannot be used: "),
+        ("layerwise", {"rms_norm_eps": 0}, "its config.json cannot be used: "),
+        ("layerwise", {"scale_depth": "1.4"}, "its config.json cannot be used: unsupported operand"),
+        ("layerwise", {"start_layer": 4}, "lm_head.8.linear_head.weight would belong to layer 12, and by config.json"),
+        (
+            "layerwise",
+            {"num_hidden_layers": 9},
+            "would belong to layer 10, and by config.json (start_layer, num_hidden",
+        ),
+        ("encoder", {"num_hidden_layers": 0}, "num_hidden_layers=0 in its config.json, not 1 or more"),
+        ("decoder", {"num_hidden_layers": -1}, "num_hidden_layers=-1 in its config.json, not 1 or more"),
+        ("encoder", {"architectures": 5}, "architectures=5 in its config.json: expected a list of names"),
+        ("decoder", {"architectures": [None]}, "architectures=[None] in its config.json: expected a list of names"),
         ("encoder", {"num_hidden_layers": 30}, "layer.10.attention.output.LayerNorm.bias, "),
         ("decoder", {"hidden_act": "tangent"}, "its weights cannot be loaded: 'tangent'"),
         ("decoder", {"max_position_embeddings": 50}, "leaves -5 positions for a pair"),
@@ -707,6 +721,9 @@ def test_segments_are_left_out_where_the_tokenizer_says_so(classifier_dirs: dict
     assert "token_type_ids" not in inputs
     with torch.inference_mode(), Scorer(str(tmp_path / "model")) as scorer:
         assert scorer.score("panda", ["a bear"]) == pytest.approx([model(**inputs).logits.item()], abs=1e-5)
+    export_onnx(RerankSettings(model=str(tmp_path / "model")), tmp_path / "graph")
+    with torch.inference_mode(), OnnxScorer(str(tmp_path / "graph")) as graph:  # which was sent them all the same
+        assert graph.score("panda", ["a bear"]) == pytest.approx([model(**inputs).logits.item()], abs=1e-4)
 
 
 def test_a_revision_of_a_local_directory_is_said_to_change_nothing(

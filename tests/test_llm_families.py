@@ -351,11 +351,11 @@ def test_layers_that_do_not_fit_into_memory_fail_who_asked_for_them_alone(monkey
 
     load, tops = layerwise.load_model, []
 
-    def tight(checkpoint: Any, kind: Any, config: Any, *rest: Any) -> Any:
+    def tight(checkpoint: Any, kind: Any, config: Any, *rest: Any, **options: Any) -> Any:
         tops.append(config.num_hidden_layers)
         if config.num_hidden_layers > 5:
             raise torch.OutOfMemoryError("injected")
-        return load(checkpoint, kind, config, *rest)
+        return load(checkpoint, kind, config, *rest, **options)
 
     monkeypatch.setattr(layerwise, "load_model", tight)
     with Scorer(LAYERWISE, cutoff_layer=5, max_batch_tokens=4001) as scorer:
@@ -393,7 +393,7 @@ def test_a_layer_without_a_head_names_the_range(layer: int) -> None:
     message = f"cutoff_layer={layer}: this checkpoint scores at layers 3 to 11"
     with pytest.raises(ValueError, match=message):
         Scorer(LAYERWISE, cutoff_layer=layer).score("a", ["b"])
-    with Scorer(LAYERWISE) as scorer, pytest.raises(ValueError, match=message):
+    with Scorer(LAYERWISE) as scorer, pytest.raises(ValueError, match=message.replace("layer=", "layers=")):
         scorer.score_layers("a", ["b"], [3, layer])
 
 

@@ -163,6 +163,8 @@ class Checkpoint:
             )
         except Exception as error:  # what the hub's checked dataclasses raise has no common type
             raise ValueError(f"model={self.model!r}: its config.json cannot be used: {error}") from error
+        if (layers := getattr(config, "num_hidden_layers", 1)) < 1:
+            raise ValueError(f"model={self.model!r}: num_hidden_layers={layers} in its config.json, not 1 or more")
         config.return_dict = True  # what comes back is looked at by name
         return config
 

@@ -7,7 +7,6 @@ Architectures differ in the layout of a pair, which `pairs` knows, and in BERT's
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -20,7 +19,7 @@ from .inplace import work_in_place
 from .int8 import round_linear_layers
 from .linear import in_few_sizes, pack_linear_layers
 from .packing import Pack
-from .pairs import PairEncoder, PairLayout, layout_of
+from .pairs import PairEncoder, PairLayout, layout_as_said, layout_of
 from .sequences import TokenSequence, longest_pair
 from .tokenizer import load_tokenizer
 from .weights import load_model
@@ -227,8 +226,7 @@ def _pairs_of(
     checkpoint: Checkpoint, settings: RerankSettings, config: PreTrainedConfig, layout: PairLayout, max_length: int
 ) -> PairEncoder:
     tokenizer = load_tokenizer(checkpoint)
-    inputs = tokenizer.init_kwargs.get("model_input_names")  # where the checkpoint says so
-    layout = replace(layout, token_types=layout.token_types and (inputs is None or "token_type_ids" in inputs))
+    layout = layout_as_said(layout, checkpoint.tokenizer_config)
     padding = int(config.pad_token_id or 0)
     words = Words(tokenizer.backend_tokenizer, config.vocab_size, checkpoint.model)
     return PairEncoder(words, layout, padding, settings, max_length, tokenizer.truncation_side)

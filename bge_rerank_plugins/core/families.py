@@ -78,7 +78,11 @@ def family_of(checkpoint: Checkpoint) -> type[Family]:
         ValueError: Not a reranker that is supported; the message lists those that are.
     """
     named = checkpoint.config.get("architectures") or []
-    architectures: list[str] = [named] if isinstance(named, str) else list(named)
+    architectures: list[str] = [named] if isinstance(named, str) else named
+    if not isinstance(architectures, list) or not all(isinstance(name, str) for name in architectures):
+        raise ValueError(
+            f"model={checkpoint.model!r}: architectures={named!r} in its config.json: expected a list of names"
+        )
     if (checkpoint.adapter_config or {}).get("task_type") == "SEQ_CLS":
         architectures = [CLASSIFIER_OF.get(name, name) for name in architectures]
         if not set(architectures) & set(Encoder.architectures):

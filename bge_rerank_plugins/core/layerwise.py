@@ -8,8 +8,9 @@ at the last position. Layers above the highest cutoff in use are not read from d
 from __future__ import annotations
 
 import math
+import re
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -108,8 +109,19 @@ class Layerwise:
         published = checkpoint.config
         layers, cutoff_layer, prompt = _checked(checkpoint, settings)
 
+        def check_unused(names: Collection[str]) -> None:
+            for name in names:
+                place = re.match(r"(lm_head|model\.layers)\.(\d+)\.", name)
+                layer = 0 if place is None else int(place[2]) + (layers.start if place[1] == "lm_head" else 1)
+                if layer > layers[-1]:
+                    raise ValueError(
+                        f"model={checkpoint.model!r}: {name} would belong to layer {layer}, and by config.json "
+                        f"(start_layer, num_hidden_layers) the layers with a head are {layers.start} to {layers[-1]}"
+                    )
+
         def load(top: int) -> LayerwiseModel:
-            model: Any = load_model(checkpoint, LayerwiseModel, granite_config(published, top), dtype, device)
+            config = granite_config(published, top)
+            model: Any = load_model(checkpoint, LayerwiseModel, config, dtype, device, check_unused=check_unused)
             if dtype == torch.int8:
                 round_linear_layers(model.model.layers)
             return model  # type: ignore[no-any-return]
@@ -213,6 +225,11 @@ def _checked(checkpoint: Checkpoint, settings: RerankSettings) -> tuple[range, i
     if checkpoint.config.get("quantization_config"):
         raise ValueError(f"model={checkpoint.model!r}: quantised layerwise checkpoints are not supported")
     layers = layers_of(checkpoint)
+    try:
+        granite_config(checkpoint.config, layers[-1])
+        hidden_scale(checkpoint.config)
+    except Exception as error:  # what the hub's checked dataclasses raise has no common type
+        raise ValueError(f"model={checkpoint.model!r}: its config.json cannot be used: {error}") from error
     cutoff_layer = layers[-1] if settings.cutoff_layer is None else settings.cutoff_layer
     check_layers([cutoff_layer], layers)
     return layers, cutoff_layer, Prompt(checkpoint, settings, checkpoint.config["max_position_embeddings"])

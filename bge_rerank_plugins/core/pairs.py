@@ -5,10 +5,10 @@ Knows nothing of torch, so that a graph runtime can use it alone.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tokenizers import Tokenizer
 
@@ -74,6 +74,12 @@ def layout_of(model_type: str | None, model: str, segments: int | None = None) -
         raise ValueError(f"model={model!r}: model_type={model_type!r} is not supported, only {', '.join(LAYOUTS)}")
     layout = LAYOUTS[model_type]
     return layout if segments is None else replace(layout, token_types=segments > 1)
+
+
+def layout_as_said(layout: PairLayout, tokenizer_config: Mapping[str, Any]) -> PairLayout:
+    """The layout without segments where tokenizer_config.json lists the model's inputs, and none among them."""
+    inputs = tokenizer_config.get("model_input_names")
+    return replace(layout, token_types=layout.token_types and (inputs is None or "token_type_ids" in inputs))
 
 
 @dataclass(frozen=True)

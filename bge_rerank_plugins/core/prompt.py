@@ -59,7 +59,7 @@ class Prompt:
         self.answer_id = answer[0]
         self.extra_tokens = len(self._tail)
         room = positions - self.extra_tokens
-        self.max_length = max_length = longest_pair(settings.max_length, room, checkpoint.model)
+        self.max_length = max_length = longest_pair(settings.max_length, room, checkpoint.model, self.extra_tokens)
         if max_length < 5:
             raise ValueError(f"max_length={max_length}: no room for a query and a passage, take at least 5")
         self._query_instruction = _or_default(settings.query_instruction, QUERY_INSTRUCTION)

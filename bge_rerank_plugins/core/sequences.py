@@ -98,13 +98,14 @@ PUBLISHED_LENGTH = 1024
 """Tokens of a pair in the published evaluation."""
 
 
-def longest_pair(asked: int | None, positions: int, model: str) -> int:
+def longest_pair(asked: int | None, positions: int, model: str, prompt: int = 0) -> int:
     """Longest pair in tokens.
 
     Args:
         asked: The user's `max_length`, or None for the default: `PUBLISHED_LENGTH`, or less where less fits.
         positions: Number of positions that the checkpoint leaves for a pair.
         model: The checkpoint's name, for the message.
+        prompt: How many more positions there are, and taken, for the message.
 
     Raises:
         ValueError: More is asked for than there is, or there is nothing.
@@ -114,7 +115,8 @@ def longest_pair(asked: int | None, positions: int, model: str) -> int:
     if asked is None:
         return min(PUBLISHED_LENGTH, positions)
     if asked > positions:
-        raise ValueError(f"max_length={asked}: the positions of {model!r} allow at most {positions}")
+        beside = f" beside the {prompt} tokens of separator and prompt" if prompt else ""
+        raise ValueError(f"max_length={asked}: the positions of {model!r} allow at most {positions}{beside}")
     return asked
 
 

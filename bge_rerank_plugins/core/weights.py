@@ -6,7 +6,7 @@ import logging
 import re
 import threading
 import warnings
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ def load_model(
     *,
     attention: str = ATTENTION,
     may_lack: tuple[str, ...] = (),
+    check_unused: Callable[[Collection[str]], None] = lambda names: None,
 ) -> PreTrainedModel:
     """The model with every weight from the files, its adapter merged, in evaluation mode.
 
@@ -45,6 +46,7 @@ def load_model(
         device: Where they go.
         attention: transformers' name of the attention.
         may_lack: Beginnings of the names of weights that may be new, since they are about to be trained.
+        check_unused: Raises ValueError if weights of these names, for which the model has no place, should not be in the files.
 
     Raises:
         ValueError: No safetensors, weights of other shapes than the config's, or such as neither the checkpoint nor its
@@ -79,6 +81,7 @@ def load_model(
         raise ValueError(
             f"model={checkpoint.model!r}: {name} has the shape {tuple(has)}, and by config.json it has {tuple(needs)}"
         )
+    check_unused(report["unexpected_keys"])
     missing = {name for name in report["missing_keys"] if not name.startswith(may_lack)} - _adapter_keys(checkpoint)
     if missing:
         raise ValueError(
