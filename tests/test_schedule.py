@@ -4,6 +4,7 @@ import math
 from itertools import chain, repeat, takewhile
 from typing import Any
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -76,6 +77,38 @@ def test_a_long_job_in_many_small_requests_is_still_a_long_job() -> None:
         schedule.take(2000)
         packs += 1
     assert packs <= 3 + 1
+
+
+def after(layers: tuple[int, ...], count: int) -> Request:
+    return Request([TokenSequence([0] * 100)] * count, Job(count), layers)
+
+
+@pytest.mark.parametrize(("long", "short"), [((), (8, 28)), ((8, 28), ()), ((8,), (28,)), ((), ())])
+def test_a_short_request_overtakes_a_long_job_that_is_scored_after_other_layers(
+    long: tuple[int, ...], short: tuple[int, ...]
+) -> None:
+    """A pack began with the oldest job, which left no room for others' layers: a short request waited for all of it."""
+    schedule = scheduled(after(long, 50_000))
+    for begun in range(9):  # wherever its own packs are
+        schedule.take(2000)
+        user = after(short, 20 + begun)
+        schedule.add(user)
+        packs = 0
+        while user.taken < len(user.sequences):
+            schedule.take(2000)
+            packs += 1
+        assert packs <= 3
+
+
+def test_a_long_job_that_is_scored_after_other_layers_always_moves() -> None:
+    job = after((8,), 1000)
+    schedule = scheduled(job)
+    for _ in range(10):
+        before = job.taken
+        for _ in range(8):
+            schedule.add(after((), 40))
+            schedule.take(2000)
+        assert job.taken > before
 
 
 def test_a_long_job_always_moves() -> None:
