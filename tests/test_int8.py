@@ -201,6 +201,10 @@ def other_arguments(*_: object) -> None:
     raise RuntimeError("expected at most 3 arguments")
 
 
+def out_of_range(*_: object) -> None:
+    raise IndexError("out of range")
+
+
 def in_bits(bits: int) -> Any:
     """As processors without VNNI multiply: pairs of products are added in 16 bits, and cut off beyond."""
 
@@ -228,7 +232,7 @@ def test_sums_of_16_bits_hold_the_largest_products(monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.usefixtures("tried_again")
-@pytest.mark.parametrize("operator", [missing, other_arguments, in_bits(15)])
+@pytest.mark.parametrize("operator", [missing, other_arguments, out_of_range, in_bits(15)])
 def test_operators_that_are_gone_or_differ_are_an_error(operator: Any) -> None:
     with pytest.MonkeyPatch.context() as patch:
         other_operators(patch, operator)

@@ -157,7 +157,11 @@ def something_else(states: torch.Tensor, *_: object) -> torch.Tensor:
     return torch.zeros(*states.shape[:-1], 32, dtype=states.dtype)
 
 
-@pytest.mark.parametrize("operator", [missing, other_arguments, something_else])
+def unfit(*_: object) -> None:
+    raise ValueError("unfit")
+
+
+@pytest.mark.parametrize("operator", [missing, other_arguments, something_else, unfit])
 def test_operators_that_are_gone_or_differ_leave_the_layers_as_they_are(
     operator: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

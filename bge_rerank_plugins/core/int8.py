@@ -97,6 +97,6 @@ def can_multiply_int8() -> bool:
     states[0, 1:] = 1.0
     try:
         rounded = Int8Linear(layer)(states)
-    except (AttributeError, RuntimeError, TypeError):  # private operators: gone, or with other arguments
+    except Exception:  # private operators: gone, with other arguments, or whatever they raise
         return False
     return torch.allclose(rounded, layer(states), rtol=2e-2, atol=5e-2)
