@@ -480,6 +480,24 @@ def test_an_overwritten_corpus_is_refused(tmp_path: Path, capsys: pytest.Capture
     assert Path(corpus).read_bytes() == before
 
 
+def test_a_corpus_of_empty_texts_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = write_lines(tmp_path / "data.jsonl", mining_lines())
+    corpus = write_lines(tmp_path / "corpus.jsonl", [{"text": ""}, {"text": "  "}])
+    for retriever in ("bm25", str(DATA / "encoder")):
+        out = str(tmp_path / "out")
+        assert main(["mine", data, "--corpus", corpus, "--output", out, "--retriever", retriever]) == 2
+        assert f"corpus={corpus!r}: all of its texts are empty" in capsys.readouterr().err
+
+
+def test_bad_lines_of_both_files_are_reported_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bad = {"query": "", "pos": ["a"], "neg": []}
+    data, held_out = (write_lines(tmp_path / f"{name}.jsonl", [bad] * 2) for name in ("data", "held_out"))
+    assert main([*command_line("finetune", data, str(tmp_path / "out")), "--eval-data", held_out]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    places = [f"{file}:{number}" for file in (data, held_out) for number in (1, 2)]
+    assert [line.split(": ")[1] for line in lines] == places
+
+
 def test_a_line_that_lacks_a_negative_is_not_told_to_take_groups_of_one(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -83,6 +83,25 @@ def read_examples(path: str, *, scored: bool = False) -> list[Example]:
     return [example_of(line.record, line.place) for line in lines]
 
 
+def read_both(data: str, eval_data: str, *, scored: bool) -> tuple[list[Example], list[Example]]:
+    """Lines to train on and lines to measure on.
+
+    Raises:
+        InputErrors: As `read_examples`, of both files.
+        OSError: A file cannot be read.
+    """
+    read: list[list[Example]] = []
+    errors: list[str] = []
+    for path, with_scores in ((data, scored), (eval_data, False)):
+        try:
+            read.append(read_examples(path, scored=with_scores))
+        except InputErrors as error:  # noqa: PERF203 - of two files
+            errors += error.messages
+    if errors:
+        raise InputErrors(errors)
+    return read[0], read[1]
+
+
 def example_of(record: dict[str, Any], place: str = "") -> Example:
     """A line's record, once it is checked."""
     optional = {name: record.get(name) for name in ("prompt", "pos_scores", "neg_scores")}

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..evaluation.first_stage import load_encoder
-from ..jsonl import Line, check_text, read_all_lines
+from ..jsonl import InputError, Line, check_text, read_all_lines
 from .data import check_example, example_of, positives_by_query, same_text
 from .settings import MineSettings
 
@@ -78,6 +78,8 @@ def _corpus(records: Sequence[dict[str, Any]], path: str | None) -> list[str]:
         with Path(path).open("rb") as source:
             lines: list[Line] = read_all_lines(source, path, lambda record: check_text(record, "text"))
         texts = [line.record["text"] for line in lines]
+        if not any(text.strip() for text in texts):
+            raise InputError(f"corpus={path!r}: all of its texts are empty")
     return list({same_text(text): text for text in texts if text.strip()}.values())
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .data import Corpus, Example, Groups, evaluation_groups, read_examples, split_held_out
+from .data import Corpus, Example, Groups, evaluation_groups, read_both, read_examples, split_held_out
 from .plot import plot_training
 from .settings import TRAINING_ARGUMENTS, FinetuneSettings
 
@@ -139,10 +139,10 @@ def finetune(settings: FinetuneSettings) -> FinetuneResult:
 
 def _read(settings: FinetuneSettings) -> tuple[list[Example], list[Example], list[Example]]:
     """Lines to train on, lines to measure on, and all of them, whose passages may stand in for negatives."""
-    examples = read_examples(settings.data, scored=settings.knowledge_distillation)
     if settings.eval_data is not None:
-        held_out = read_examples(settings.eval_data)
+        examples, held_out = read_both(settings.data, settings.eval_data, scored=settings.knowledge_distillation)
         return examples, held_out, examples + held_out
+    examples = read_examples(settings.data, scored=settings.knowledge_distillation)
     training, held_out = split_held_out(examples, settings.held_out, settings.max_held_out, settings.seed)
     if settings.held_out and not held_out:
         why = "every query has too many of them" if len(examples) > 1 else "there is only one"

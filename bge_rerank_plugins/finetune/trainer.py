@@ -160,9 +160,18 @@ class Progress(TrainerCallback):
         )
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """One step further; the loss of the last one is logged whatever its number."""
+        """One step further; the loss of the last one is logged whatever its number, and that of every one that is saved.
+
+        A run that is resumed sums losses from there on, and is to log what it would have logged.
+        """
         self._bar.update(1)
-        control.should_log |= state.global_step >= state.max_steps
+        control.should_log |= control.should_save or state.global_step >= state.max_steps
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Logs the loss where a pass is saved."""
+        control.should_log |= control.should_save
 
     def on_log(
         self,
