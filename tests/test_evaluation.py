@@ -351,6 +351,7 @@ def test_numbers_and_lists_may_be_numpys(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("data", "found", "message"),
     [
+        (replace(THREE, queries={}), FOUND, "there is no query"),
         (THREE, {"q1": {"a": 0.1, "b": 0.9}}, "candidates: {'a': 0.1, 'b': 0.9} for query 'q1': expected a list"),
         (THREE, {"q1": {"a"}}, "candidates: {'a'} for query 'q1': expected a list"),
         (THREE, {"q1": "ab"}, "candidates: 'ab' for query 'q1': expected a list"),
@@ -378,6 +379,58 @@ def test_what_is_wrong_with_what_was_given_is_named(data: JudgedSet, found: Any,
     with pytest.raises(InputError, match=message):
         evaluate(data, found, {"table": table})
     assert table.asked == []
+
+
+class Broken:
+    def score(self, query: str, passages: Sequence[str]) -> list[float]:
+        raise KeyError("x")
+
+
+@pytest.mark.parametrize(
+    ("scorers", "message"),
+    [
+        ({1: Table(A=1)}, "scorers: the name=1: expected a string"),
+        ({"a\ud800": Table(A=1)}, "scorers: the name='a.ud800': not valid Unicode"),
+        ({"a\tb": Table(A=1)}, r"scorers: the name 'a.tb': a table of results holds no tab"),
+        ({"none": object()}, r"scorers: 'none' is <object .*, which has no method score"),
+        ({"broken": Broken()}, r"broken, query 'q1': KeyError\('x'\)"),
+    ],
+)
+def test_a_scorer_that_cannot_be_used_is_named(scorers: Any, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        evaluate(THREE, FOUND, scorers, output=tmp_path)
+
+
+def test_at_least_one_measure_is_asked_for() -> None:
+    with pytest.raises(InputError, match="measures: name at least one"):
+        evaluate(THREE, FOUND, {}, measures=[])
+
+
+@pytest.mark.parametrize(
+    ("pools", "top_k", "message"),
+    [
+        ({"q1": ["a"]}, None, "pools: query 'q2' has none"),
+        ({"q1": ["a"], "q2": ["z"], "q3": []}, None, "pools: passage 'z' of query 'q2' is not among the passages"),
+        (None, 0, "top_k=0: take at least 1"),
+        (None, -1, "top_k=-1: take at least 1"),
+    ],
+)
+def test_what_no_first_stage_can_be_made_of_is_named(pools: Any, top_k: int | None, message: str) -> None:
+    data = replace(THREE, pools=pools)
+    for first in (bm25_run, lambda data, top_k: encoder_run(data, str(embedded_base()), top_k)):
+        with pytest.raises(ValueError, match=message):
+            first(data, top_k)
+    with pytest.raises(ValueError, match="count=0: take at least 1"):
+        data.sampled(0)
+
+
+def test_more_than_a_million_candidates_have_different_scores_in_a_run(tmp_path: Path) -> None:
+    passages = {f"p{number}": "" for number in range(1_000_002)}
+    data = JudgedSet("many", {"q1": "Q1"}, passages, {"q1": {"p0": 1}})
+    evaluate(data, {"q1": list(passages)}, {}, measures="RR@10", output=tmp_path)
+    with (tmp_path / "runs" / "first-stage.trec").open() as file:
+        scores = [line.split()[4] for line, _ in zip(file, range(3), strict=False)]
+    assert scores == ["1000002", "1000001", "1000000"]
 
 
 # What is kept, by its files

@@ -22,6 +22,7 @@ from ..identity import asked_options, digest, local_files
 from ..jsonl import InputError
 from ..ranking import rank_scores
 from ..scorer import Scorer
+from ..texts import check_text
 from .inputs import JudgedSet, Run, checked_run
 from .measures import Quality, measure, p_value, parse_measures, recall_of_candidates, trec_scores
 from .settings import MEASURES
@@ -128,6 +129,8 @@ def evaluate(
         >>> report = evaluate(data, bm25_run(data, 100), {"m3": Scorer("BAAI/bge-reranker-v2-m3")})  # doctest: +SKIP
     """
     parsed = parse_measures([measures] if isinstance(measures, str) else measures)
+    if not parsed or not data.queries:
+        raise InputError("measures: name at least one" if not parsed else f"{data.name}: there is no query")
     names = tuple(map(str, parsed))
     data, candidates = data.judged(), checked_run(candidates, data)
     data_digest = digest(data.name, dict(data.queries), {query: dict(judged) for query, judged in data.qrels.items()})
@@ -144,6 +147,11 @@ def evaluate(
     base = System(first_stage, candidates, measure(parsed, data, candidates))
     systems = [base]
     for name, scorer in scorers.items() if isinstance(scorers, Mapping) else scorers:
+        check_text(name, "scorers: the name")
+        if set(name) & set("\t\r\n"):
+            raise InputError(f"scorers: the name {name!r}: a table of results holds no tab and no line break")
+        if not callable(getattr(scorer, "score", None)):
+            raise InputError(f"scorers: {name!r} is {scorer!r:.80}, which has no method score(query, passages)")
         if any(system.name == name for system in systems):
             raise InputError(f"scorers: {name!r} is named twice")
         run, pairs, seconds = _rerank(name, scorer, data, candidates, store, advance)
@@ -186,8 +194,9 @@ def _rerank(
                 start = time.perf_counter()
                 scores = checked_scores(scorer.score(text, passages), passages)
                 elapsed = time.perf_counter() - start
-            except (ValueError, RuntimeError) as error:
-                raise InputError(f"{name}, query {query!r}: {error}") from error
+            except Exception as error:  # whatever a scorer of somebody's own raises
+                why = error if isinstance(error, (ValueError, RuntimeError)) else repr(error)
+                raise InputError(f"{name}, query {query!r}: {why}") from error
             record = store.put(key, system=name, query=query, scores=scores, seconds=elapsed)
         run[query] = [found[ranked.index] for ranked in rank_scores(record["scores"])]
         seconds.append(record["seconds"])
@@ -247,7 +256,7 @@ def _write(report: Report, folder: Path, data_digest: str) -> None:
             tag += "-2"
         tags.add(tag.lower())
         lines = [
-            f"{query} Q0 {passage} {place} {score:g} {tag}\n"
+            f"{query} Q0 {passage} {place} {score:.0f} {tag}\n"
             for query, scores in trec_scores(system.run).items()
             for place, (passage, score) in enumerate(scores.items(), start=1)
         ]

@@ -30,12 +30,15 @@ def bm25_run(data: JudgedSet, top_k: int | None, *, ignore_identical_ids: bool =
         ignore_identical_ids: Leave out passages that have the query's own id.
 
     Raises:
+        ValueError: A `top_k` below 1, or a query whose pool is missing or has unknown passages.
         ImportError: bm25s is not installed; the message says how to install it.
     """
     try:
         import bm25s
     except ImportError as error:
         raise ImportError('BM25 needs bm25s: pip install "bge-rerank-plugins[eval]"') from error
+
+    _check(data, top_k)
 
     def tokens(texts: Sequence[str]) -> list[list[str]]:
         return bm25s.tokenize(list(texts), stopwords="en", return_ids=False, show_progress=False)  # type: ignore[no-any-return]
@@ -88,9 +91,10 @@ def encoder_run(
         token: Access token for the hub.
 
     Raises:
-        ValueError: No encoder can be loaded there.
+        ValueError: No encoder can be loaded there; a `top_k` below 1, or a query whose pool is missing or has unknown passages.
         ImportError: sentence-transformers is not installed; the message says how to install it.
     """
+    _check(data, top_k)
     encoder = load_encoder(
         model,
         option="first_stage",
@@ -115,6 +119,13 @@ def encoder_run(
             ids[row]: float(scores[row]) for row in rows if not (ignore_identical_ids and ids[row] == query)
         }
     return _cut(found, data, top_k)
+
+
+def _check(data: JudgedSet, top_k: int | None) -> None:
+    """Raises ValueError for what no passages can be found for."""
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k={top_k}: take at least 1, or None for all")
+    data.check_pools()
 
 
 def load_encoder(

@@ -47,6 +47,8 @@ class JudgedSet:
 
     def sampled(self, count: int | None) -> JudgedSet:
         """The set with so many of its queries, drawn at random, the same ones every time; None for all."""
+        if count is not None and count < 1:
+            raise ValueError(f"count={count}: take at least 1 query, or None for all")
         if count is None or count >= len(self.queries):
             return self
         kept = set(random.Random(0).sample(sorted(self.queries), count))
@@ -83,6 +85,17 @@ class JudgedSet:
                     )
             qrels[query] = {passage: int(relevance) for passage, relevance in judged.items()}
         return replace(self, qrels=qrels)
+
+    def check_pools(self) -> None:
+        """Raises InputError for a query without the passages that it may rank, and for such that are not there."""
+        if self.pools is None:
+            return
+        for query in self.queries:
+            if query not in self.pools:
+                raise InputError(f"pools: query {query!r} has none")
+            for passage in self.pools[query]:
+                if passage not in self.passages:
+                    raise InputError(f"pools: passage {passage!r} of query {query!r} is not among the passages")
 
     @property
     def answerable(self) -> list[str]:
