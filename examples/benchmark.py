@@ -39,14 +39,19 @@ from rich.console import Console
 from rich.table import Table
 from tokenizers import Tokenizer
 
+from bge_rerank_plugins.core.device import choose_device
 from bge_rerank_plugins.core.linear import PackedLinear, can_pack
 from bge_rerank_plugins.docstrings import standard_library
 from bge_rerank_plugins.files import check_writable
-from bge_rerank_plugins.pictures import check_picture
+from bge_rerank_plugins.pictures import check_picture, save_picture
+from bge_rerank_plugins.settings import DEVICE_KINDS
 
 _T = TypeVar("_T")
 
 QUERY = "How do I read a file line by line without loading all of it into memory?"
+
+QUERY_LENGTHS = (20, 300)
+"""Tokens of the queries that LLM rerankers get, whose passages share them."""
 
 MORE_WARMUPS = 5
 """Requests before those that are timed where they take milliseconds: graphs are captured, and kernels chosen, on the way."""
@@ -106,7 +111,8 @@ def main() -> None:
         shape = FAMILIES[options.family].shapes[options.size]
         dtype: torch.dtype = getattr(torch, options.dtype)
         directory = make_checkpoint(options.family, shape, Path(folder), dtype, options.tokenizer)
-        workloads = _named(options.workload, [*_workloads(options, documents, directory)])
+        asked = options.workload or _workload_names(options)
+        workloads = [workload for workload in _workloads(options, documents, directory) if workload.name in asked]
         ceiling = _ceiling(shape, options.device, dtype)
         console.print(
             f"{options.family}, {shape.layers} x {shape.hidden}, {options.dtype} on {_machine(options.device)}; "
@@ -175,25 +181,36 @@ def _check(options: argparse.Namespace) -> None:
     for peer in options.peer or ():
         if peer not in known:
             raise ValueError(f"--peer {peer!r}: none of {', '.join(map(repr, known))}")
+    workloads = _workload_names(options)
+    for workload in options.workload or ():
+        if workload not in workloads:
+            raise ValueError(f"--workload {workload!r}: none of {', '.join(map(repr, workloads))}")
+    if options.device.partition(":")[0] not in DEVICE_KINDS:
+        raise ValueError(f"--device {options.device!r}: none of {', '.join(DEVICE_KINDS)}")
+    choose_device(options.device)
+    if options.tokenizer is not None and options.family != "encoder":
+        raise ValueError(
+            f"--tokenizer {options.tokenizer}: for cross-encoders; --family {options.family} makes its own"
+        )
+    if options.tokenizer is not None and not options.tokenizer.is_file():
+        raise FileNotFoundError(f"--tokenizer {options.tokenizer}: no such file")
     if options.json is not None:
         check_writable("--json", options.json)
     if options.plot is not None:
         check_picture("--plot", options.plot, "plot")
 
 
-def _named(names: list[str] | None, workloads: list[Workload]) -> list[Workload]:
-    """The workloads that were asked for; all of them if none was."""
-    known = [workload.name for workload in workloads]
-    for name in names or ():
-        if name not in known:
-            raise SystemExit(f"--workload {name!r}: none of {', '.join(map(repr, known))}")
-    return [workload for workload in workloads if names is None or workload.name in names]
-
-
 def _documents() -> list[str]:
     """Docstrings of the standard library in a fixed order that is not the alphabet's, so that lengths are mixed."""
     documents = [f"{docstring.name}: {docstring.text}" for docstring in standard_library() if len(docstring.text) > 120]
     return [documents[i * 7919 % len(documents)] for i in range(len(documents))]
+
+
+def _workload_names(options: argparse.Namespace) -> list[str]:
+    """Names of `_workloads`, known before there is a checkpoint."""
+    if options.family != "encoder":
+        return [f"50 docstrings, query of {length}" for length in QUERY_LENGTHS]
+    return ["20 short", "100 docstrings", "100 x 512", *(["100 x 128"] if options.device != "cpu" else [])]
 
 
 def _workloads(options: argparse.Namespace, documents: list[str], directory: Path) -> Iterator[Workload]:
@@ -210,7 +227,7 @@ def _workloads(options: argparse.Namespace, documents: list[str], directory: Pat
         if options.device != "cpu":  # where it is a matter of milliseconds, and of whatever is not the device's work
             yield Workload("100 x 128", QUERY, [cut(" ".join(documents[i : i + 20]), 128) for i in range(100)])
     else:
-        for length in (20, 300):
+        for length in QUERY_LENGTHS:
             query = cut(" ".join(documents[200:260]), length)
             yield Workload(f"50 docstrings, query of {length}", query, [document[:600] for document in documents[:50]])
 
@@ -364,7 +381,7 @@ def _plot(results: list[Result], title: str, path: str) -> None:
         axis.set(title=workload, xlabel="pairs per second")
         axis.margins(x=0.2)
     figure.suptitle(title)
-    figure.savefig(path, dpi=120)
+    save_picture(figure, path)
 
 
 def _machine(device: str) -> str:

@@ -1,12 +1,13 @@
 """The benchmark's contenders, which live in processes of their own, score as they do in this one."""
 
+import argparse
 import pickle
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from benchmark import Result, Workload, _named, _options, _show, _tried
+from benchmark import Result, _options, _show, _tried, _workload_names, _workloads
 from benchmark_peers import BFLOAT16, CONTENDERS, INT8, OURS, PeerMissing
 from benchmark_process import Contender
 from conftest import DATA
@@ -73,6 +74,15 @@ def test_what_goes_wrong_in_a_contenders_process_is_raised_here(tmp_path: Path) 
         (["--runs", "0"], "--runs 0: at least 1"),
         (["--json", "no/such/folder/results.json"], "--json no/such/folder/results.json: cannot be written"),
         (["--plot", "results.abc"], "--plot results.abc: .abc is none of"),
+        (
+            ["--workload", "20 short", "--workload", "100 docs"],
+            "--workload '100 docs': none of '20 short', '100 docstrings'",
+        ),
+        (["--device", "nonsense"], "--device 'nonsense': none of cpu, cuda, "),
+        (["--device", "cuda:99"], "device='cuda:99': not on this machine"),
+        (["--load", "--device", "nonsense"], "--device 'nonsense': none of cpu, cuda, "),
+        (["--tokenizer", "/no/such.json"], "--tokenizer /no/such.json: no such file"),
+        (["--family", "decoder", "--tokenizer", "pyproject.toml"], "--tokenizer pyproject.toml: for cross-encoders"),
         (["--load", "--plot", "results.png"], "--plot is not for --load"),
         (["--load", "--family", "decoder"], "--family is not for --load"),
     ],
@@ -86,13 +96,12 @@ def test_what_the_benchmark_cannot_do_is_said_before_it_measures(
     assert message in capsys.readouterr().err
 
 
-def test_workloads_are_chosen_by_their_names_and_others_refused() -> None:
-    short, long = workloads = [Workload("20 short", QUERY, PASSAGES), Workload("100 x 512", QUERY, PASSAGES)]
-    assert _named(None, workloads) == workloads
-    assert _named(["100 x 512"], workloads) == [long]
-    assert _named(["20 short", "20 short"], workloads) == [short]
-    with pytest.raises(SystemExit, match="--workload '100 docs': none of '20 short', '100 x 512'"):
-        _named(["100 x 512", "100 docs"], workloads)
+@pytest.mark.parametrize("family", ["encoder", "decoder"])
+@pytest.mark.parametrize("device", ["cpu", "mps"])
+def test_names_of_workloads_are_known_before_there_is_a_checkpoint(family: str, device: str) -> None:
+    options = argparse.Namespace(family=family, device=device)
+    workloads = _workloads(options, [f"document {number}" for number in range(300)], DATA / "encoder")
+    assert [workload.name for workload in workloads] == _workload_names(options)
 
 
 def test_a_peer_that_is_missing_is_named_with_all_of_what_to_install(capsys: pytest.CaptureFixture[str]) -> None:
