@@ -182,8 +182,8 @@ def _chunks_of(requests: Iterable[tuple[str, Sequence[str]]]) -> Iterator[tuple[
 
 
 @contextmanager
-def progress_bar(total: int, shown: bool) -> Iterator[Callable[[list[float]], list[float]]]:
-    """A progress bar on standard error; what is given passes a list of scores through and counts it."""
+def progress_bar(total: int | None, shown: bool) -> Iterator[Callable[[list[float]], list[float]]]:
+    """A progress bar on standard error, of a total if it is known; what is given counts a list of scores and returns it."""
     if bar_is_hidden(shown):
         yield lambda scores: scores
         return

@@ -268,8 +268,9 @@ class Scorer:
         waiting = requests()
         first = next(waiting, None)
         if first is not None:  # nothing to score needs no model
-            for chunk in self._scored_chunks(chain([first], waiting), math.inf):
-                yield from self._normalized(chunk)
+            with progress_bar(None, self._settings.show_progress) as advance:
+                for chunk in self._scored_chunks(chain([first], waiting), math.inf):
+                    yield from self._normalized(advance(chunk))
         if refused:
             raise refused[0]
 
@@ -362,8 +363,7 @@ class Scorer:
     ) -> Iterator[list[Any]]:
         """Raw scores chunk by chunk, in order."""
         engine, family = self._lease.loaded()
-        split = self._settings.long_passages == "split"
-        call = Call(engine, family, pairs, split=split, cutoff_layers=cutoff_layers)
+        call = Call(engine, family, pairs, split=self._settings.long_passages == "split", cutoff_layers=cutoff_layers)
         try:
             yield from call.scored(requests)
         finally:

@@ -476,9 +476,12 @@ def test_progress_is_shown_on_request_and_on_standard_error_only(
         scorer.warmup()
         capfd.readouterr()
         scorer.score("panda", PASSAGES * 20)
-    out, err = capfd.readouterr()
-    assert out == ""
+        out, err = capfd.readouterr()
+        assert len(list(scorer.score_stream(("panda", passage) for passage in PASSAGES * 20))) == 100
+    out_of_stream, err_of_stream = capfd.readouterr()
+    assert out == out_of_stream == ""
     assert "100/100" in err
+    assert "100pair" in err_of_stream.replace(" ", "")  # nobody knows how many there will be
 
 
 def test_exit_with_work_queued_is_silent_and_quick(encoder_dir: str) -> None:
