@@ -100,6 +100,17 @@ def test_a_short_request_overtakes_a_long_job_that_is_scored_after_other_layers(
         assert packs <= 3
 
 
+def test_a_request_that_is_scored_after_other_layers_moves_beside_many_shorter_ones() -> None:
+    schedule = scheduled(after((), 100_000))
+    user, other = after((8,), 20), after((9,), 20)
+    schedule.add(user)
+    schedule.add(other)
+    for _ in range(3 * 8):
+        schedule.add(after((), 1))
+        schedule.take(2000)
+    assert user.taken == other.taken == 20
+
+
 def test_a_long_job_that_is_scored_after_other_layers_always_moves() -> None:
     job = after((8,), 1000)
     schedule = scheduled(job)

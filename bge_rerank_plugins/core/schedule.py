@@ -5,7 +5,7 @@ the job that has waited longest, so that a long one always moves; the rest goes 
 that a short one is not held up by a long one. A job of n packs that arrives during a longer one therefore waits for the pack
 that is running, and on a GPU for the next one too, which has been sent there already; then it takes 8/7 of n packs at most while
 it is the shortest: at most three packs' time more than alone, for any n up to 7 (14 on a CPU). Pairs that are scored after
-different layers share no pack: then the eighth is every eighth pack.
+different layers share no pack: then every eighth pack is of those that have waited longest for one.
 """
 
 import itertools
@@ -107,13 +107,19 @@ class Pair(NamedTuple):
         return waiting is not None and bool(waiting.prefix) and waiting.group == self.sequence.group
 
 
+def _need(request: Request) -> tuple[float, int]:
+    return request.job.pairs_left, request.arrival
+
+
 class Schedule:
     """The waiting requests. Not thread-safe: its owner holds a lock."""
 
     def __init__(self) -> None:
         self._waiting: list[Request] = []  # in the order of arrival
         self._returned: list[Pair] = []
-        self._packs_apart = 0
+        self._packs = 0
+        self._last_pack: dict[tuple[int, ...], int] = {}
+        """Number of the last pack of each kind of layers that waits."""
 
     def add(self, request: Request) -> None:
         """Queues a request."""
@@ -145,10 +151,10 @@ class Schedule:
         while self._returned and pack.add(self._returned[0]):
             self._returned.pop(0)
         if not self._returned and self._waiting:
-            oldest = min(self._waiting, key=lambda request: (request.job.arrival, request.arrival))
-            in_need = sorted(self._waiting, key=lambda request: (request.job.pairs_left, request.arrival))
-            self._fill(pack, oldest, self._share_of(oldest, in_need[0], budget))
-            for request in in_need:
+            alike = self._alike()
+            oldest = min(alike, key=lambda request: (request.job.arrival, request.arrival))
+            self._fill(pack, oldest, int(budget * OLDEST_SHARE))
+            for request in sorted(alike, key=_need):
                 self._fill(pack, request, budget)
                 if pack.full:
                     break
@@ -162,19 +168,23 @@ class Schedule:
         self._waiting, self._returned = [], []
         return list(requests.values())
 
-    def _share_of(self, oldest: Request, shortest: Request, budget: int) -> int:
-        """Tokens of the next pack that are kept for the oldest job.
+    def _alike(self) -> list[Request]:
+        """The waiting requests that may share the next pack, since they are scored after the same layers.
 
-        Scored after other layers than the shortest one's, it cannot be in its pack, and has one of every so many to itself.
+        Those of the shortest job; in every so many packs, those that have waited longest for one.
         """
-        self._packs_apart = (self._packs_apart + 1) % round(1 / OLDEST_SHARE)
-        if oldest.cutoff_layers == shortest.cutoff_layers:
-            return max(1, int(budget * OLDEST_SHARE))
-        return budget if self._packs_apart == 0 else 0
+        layers = min(self._waiting, key=_need).cutoff_layers
+        waiting = {request.cutoff_layers for request in self._waiting}
+        self._packs += 1
+        if self._packs % round(1 / OLDEST_SHARE) == 0:
+            layers = min(waiting, key=lambda each: (self._last_pack.get(each, 0), each))
+        self._last_pack = {each: pack for each, pack in self._last_pack.items() if each in waiting}
+        self._last_pack[layers] = self._packs
+        return [request for request in self._waiting if request.cutoff_layers == layers]
 
     @staticmethod
     def _fill(pack: "_Filling", request: Request, limit: int) -> None:
-        while request.taken < len(request.sequences) and (pack.tokens < limit or (limit and not pack.pairs)):
+        while request.taken < len(request.sequences) and (pack.tokens < limit or not pack.pairs):
             pair = Pair(request, request.taken)
             if not pack.add(pair):
                 return
