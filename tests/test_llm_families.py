@@ -335,6 +335,19 @@ def test_layers_above_the_cutoff_are_not_read_from_disk(tmp_path: Path) -> None:
         Scorer(directory, cutoff_layer=6).score("panda", passages)
 
 
+@pytest.mark.parametrize("cutoff_layer", [5, 8, 10])
+@pytest.mark.parametrize("start_layer", [2, 4])
+def test_a_config_that_numbers_heads_otherwise_is_refused_below_the_top_too(
+    start_layer: int, cutoff_layer: int, tmp_path: Path
+) -> None:
+    """Every layer was scored with another layer's head."""
+    model = Path(shutil.copytree(LAYERWISE, tmp_path / "model"))
+    config = json.loads((model / "config.json").read_text()) | {"start_layer": start_layer}
+    (model / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"in its files end at layer .*, and the layers at 11"):
+        Scorer(str(model), cutoff_layer=cutoff_layer).score("panda", ["hi"])
+
+
 def test_layers_above_the_cutoff_are_loaded_when_they_are_asked_for() -> None:
     with Scorer(LAYERWISE, cutoff_layer=4) as low, Scorer(LAYERWISE) as high:
         before = low.score("panda", ["hi", "a bear"])

@@ -177,6 +177,8 @@ class Checkpoint:
             )
         for name in ("rope_parameters", "rope_scaling"):
             rope = self.config.get(name) or {}
+            if not isinstance(rope, dict):
+                raise ValueError(f"model={self.model!r}: {name}={rope!r} in its config.json: expected an object")
             if "longrope" in (rope.get("rope_type"), rope.get("type")):
                 raise ValueError(
                     f"model={self.model!r}: rope_type='longrope' is not supported: scores would not stand alone"

@@ -11,6 +11,7 @@ import math
 import re
 import traceback
 from collections.abc import Callable, Collection, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -109,19 +110,9 @@ class Layerwise:
         published = checkpoint.config
         layers, cutoff_layer, prompt = _checked(checkpoint, settings)
 
-        def check_unused(names: Collection[str]) -> None:
-            for name in names:
-                place = re.match(r"(lm_head|model\.layers)\.(\d+)\.", name)
-                layer = 0 if place is None else int(place[2]) + (layers.start if place[1] == "lm_head" else 1)
-                if layer > layers[-1]:
-                    raise ValueError(
-                        f"model={checkpoint.model!r}: {name} would belong to layer {layer}, and by config.json "
-                        f"(start_layer, num_hidden_layers) the layers with a head are {layers.start} to {layers[-1]}"
-                    )
-
         def load(top: int) -> LayerwiseModel:
-            config = granite_config(published, top)
-            model: Any = load_model(checkpoint, LayerwiseModel, config, dtype, device, check_unused=check_unused)
+            config, check = granite_config(published, top), partial(_check_unused, checkpoint, layers, top)
+            model: Any = load_model(checkpoint, LayerwiseModel, config, dtype, device, check_unused=check)
             if dtype == torch.int8:
                 round_linear_layers(model.model.layers)
             return model  # type: ignore[no-any-return]
@@ -217,6 +208,24 @@ class Layerwise:
             for hook in hooks:
                 hook.remove()
         return rows
+
+
+def _check_unused(checkpoint: Checkpoint, layers: range, top: int, names: Collection[str]) -> None:
+    """Raises ValueError for weights beyond those of layer `top` that tell of another `start_layer` or `num_hidden_layers`.
+
+    The layers that the files hold, and the heads, end at one layer, which is none above the config's.
+    """
+    places = [re.match(r"(lm_head|model\.layers)\.(\d+)\.", name) for name in names]
+    numbers = {
+        kind: [int(place[2]) for place in places if place and place[1] == kind] for kind in ("lm_head", "model.layers")
+    }
+    head = max([top, *(number + layers.start for number in numbers["lm_head"])])
+    layer = max([top, *(number + 1 for number in numbers["model.layers"])])
+    if max(head, layer) > layers[-1] or (head != layer and checkpoint.config["head_multi"]):
+        raise ValueError(
+            f"model={checkpoint.model!r}: its config.json (start_layer, num_hidden_layers) has heads for layers "
+            f"{layers.start} to {layers[-1]}; by that the heads in its files end at layer {head}, and the layers at {layer}"
+        )
 
 
 def _checked(checkpoint: Checkpoint, settings: RerankSettings) -> tuple[range, int, Prompt]:
