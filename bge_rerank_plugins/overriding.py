@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from .call import ENCODE_AT_ONCE
-from .core.sequences import counted_from
+from .core.sequences import PairError, counted_from
 from .texts import checked_requests, naming_requests, requests_of_pairs, stream_of_requests
 from .turns import in_thread
 
@@ -62,7 +62,12 @@ def _each_scored(
     """The scores of each request; what is wrong with one pair counts from the first request."""
     before = 0
     for query, passages in requests:
-        with counted_from(before):
-            scores = score(query, passages)
+        try:
+            with counted_from(before):
+                scores = score(query, passages)
+        except PairError as error:
+            if error.index < before + len(passages):
+                raise
+            raise ValueError(error.why) from error  # of pairs that it makes itself
         before += len(passages)
         yield scores

@@ -134,7 +134,7 @@ def check_pairs(pairs: object) -> None:
 
 def _is_table(value: object) -> bool:
     """Whether its elements would be its columns, or their names."""
-    return hasattr(value, "columns")
+    return not callable(getattr(value, "columns", len))  # of a database's result it is a method
 
 
 def _check_pair(pair: object, index: int) -> None:

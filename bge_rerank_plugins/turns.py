@@ -42,8 +42,10 @@ async def in_thread(function: Callable[..., _T], *arguments: Any) -> _T:
     context = copy_context()
     try:
         running = asyncio.get_running_loop().run_in_executor(None, lambda: context.run(called))
-    except RuntimeError:  # the main thread has ended
-        return called()
+    except RuntimeError as error:
+        if "shutdown" not in str(error):  # no thread is to be had, and one that there is may do the work yet
+            raise
+        return called()  # the main thread has ended
     return await running
 
 

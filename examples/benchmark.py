@@ -44,7 +44,7 @@ from bge_rerank_plugins.core.linear import PackedLinear, can_pack
 from bge_rerank_plugins.docstrings import standard_library
 from bge_rerank_plugins.files import check_writable
 from bge_rerank_plugins.pictures import check_picture, save_picture
-from bge_rerank_plugins.settings import DEVICE_KINDS
+from bge_rerank_plugins.settings import RerankSettings
 
 _T = TypeVar("_T")
 
@@ -185,9 +185,7 @@ def _check(options: argparse.Namespace) -> None:
     for workload in options.workload or ():
         if workload not in workloads:
             raise ValueError(f"--workload {workload!r}: none of {', '.join(map(repr, workloads))}")
-    if options.device.partition(":")[0] not in DEVICE_KINDS:
-        raise ValueError(f"--device {options.device!r}: none of {', '.join(DEVICE_KINDS)}")
-    choose_device(options.device)
+    choose_device(str(RerankSettings(model="-", device=options.device).device))
     if options.tokenizer is not None and options.family != "encoder":
         raise ValueError(
             f"--tokenizer {options.tokenizer}: for cross-encoders; --family {options.family} makes its own"

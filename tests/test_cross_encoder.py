@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+import sqlalchemy as sa
 import torch
 from conftest import DATA
 from datasets import Dataset
@@ -101,6 +102,9 @@ def test_rows_of_tables_are_no_pairs_of_their_columns_names(model: ScorerCrossEn
         for ask in (model.predict, model.scorer.score_pairs):
             with pytest.raises(ValueError, match=r"pairs=.*expected a list of \(query, passage\)"):
                 ask(inputs)  # type: ignore[arg-type]
+    with sa.create_engine("sqlite://").connect() as connection:
+        found = connection.execute(sa.text("select :query, 'hi' union all select :query, 'hi'"), {"query": QUERY})
+        assert len(model.scorer.score_pairs(found)) == 2  # type: ignore[arg-type]
     assert model.predict(table.to_numpy()) == pytest.approx(model.predict([(QUERY, "hi")] * 2), abs=1e-5)
 
 

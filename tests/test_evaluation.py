@@ -353,6 +353,7 @@ def test_numbers_and_lists_may_be_numpys(tmp_path: Path) -> None:
     [
         (replace(THREE, queries={}), FOUND, "there is no query"),
         (THREE, {"q1": {"a": 0.1, "b": 0.9}}, "candidates: {'a': 0.1, 'b': 0.9} for query 'q1': expected a list"),
+        (THREE, {"q1": [["a", 2.0]]}, r"candidates: \[\['a', 2.0\]\] for query 'q1': expected ids, each a string"),
         (THREE, {"q1": {"a"}}, "candidates: {'a'} for query 'q1': expected a list"),
         (THREE, {"q1": "ab"}, "candidates: 'ab' for query 'q1': expected a list"),
         (THREE, {"q1": None}, "candidates: None for query 'q1': expected a list"),
@@ -410,6 +411,7 @@ def test_at_least_one_measure_is_asked_for() -> None:
     ("pools", "top_k", "message"),
     [
         ({"q1": ["a"]}, None, "pools: query 'q2' has none"),
+        ({"q1": "a"}, None, "pools: query 'q1' has none, or no list"),
         ({"q1": ["a"], "q2": ["z"], "q3": []}, None, "pools: passage 'z' of query 'q2' is not among the passages"),
         (None, 0, "top_k=0: take at least 1"),
         (None, -1, "top_k=-1: take at least 1"),

@@ -91,8 +91,8 @@ class JudgedSet:
         if self.pools is None:
             return
         for query in self.queries:
-            if query not in self.pools:
-                raise InputError(f"pools: query {query!r} has none")
+            if query not in self.pools or not in_order(self.pools[query]):
+                raise InputError(f"pools: query {query!r} has none, or no list")
             for passage in self.pools[query]:
                 if passage not in self.passages:
                     raise InputError(f"pools: passage {passage!r} of query {query!r} is not among the passages")
@@ -224,6 +224,8 @@ def checked_run(run: Mapping[str, Iterable[str]], data: JudgedSet) -> Run:
                 f"candidates: {found!r:.80} for query {query!r}: expected a list of passages' ids, best first"
             )
         checked[query] = list(found)
+        if any(not isinstance(passage, str) for passage in checked[query]):
+            raise InputError(f"candidates: {found!r:.80} for query {query!r}: expected ids, each a string")
         for passage, count in Counter(checked[query]).items():
             if passage not in data.passages:
                 raise InputError(f"candidates: passage {passage!r} of query {query!r} is not among the passages")

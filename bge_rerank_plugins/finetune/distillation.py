@@ -40,6 +40,8 @@ def distill(records: Iterable[dict[str, Any]], teacher: Scorer) -> Iterator[dict
         try:
             scores = iter(teacher.score_pairs(pairs))
         except PairError as error:
+            if error.index >= len(pairs):  # of a teacher that makes other pairs of these
+                raise
             raise _of_its_line(error, part) from error
         for record in part:
             yield {**record, **{f"{key}_scores": [next(scores) for _ in record[key]] for key in KEYS}}
